@@ -1,0 +1,158 @@
+"""The gated PixelCNN: two streams of masked convolutions over a grid of codes, with causal attention.
+
+Position (t, y, x) is predicted from everything before it in raster order, t slowest. The vertical stream at row y sees
+earlier frames and the rows above; the horizontal stream adds the codes to the left. Only the horizontal stream is
+attended and read out, so that the vertical stream of a row needs none of the row's own codes.
+
+Source: van den Oord et al. 2016, arXiv:1606.05328 (layer and streams); Walker et al. 2021, arXiv:2103.01950, section
+3.2 (a time axis on each stream's convolution); Razavi et al. 2019, arXiv:1906.00446 (attention).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvid import ops
+from fastvid.nn.attention import CausalAttention
+
+Tap = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class GatedStackConfig:
+    """Sizes of a gated stack. `time_kernel` frames are seen by each layer, the present one included; 1 makes it 2-D."""
+
+    codes: int = 512
+    channels: int = 512  # C, the width of both streams
+    layers: int = 40
+    kernel: int = 3  # spatial extent, odd
+    time_kernel: int = 3
+    condition_channels: int = 512
+    attention_every: int = 5  # 0: none
+    heads: int = 8
+    dropout: float = 0.0
+
+
+class CausalConv(nn.Module):
+    """A convolution over live taps only; see fastvid.ops.causal_conv. Weight [taps, Cin, Cout]."""
+
+    def __init__(self, in_channels: int, out_channels: int, taps: tuple[Tap, ...]):
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(len(taps), in_channels, out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        bound = (3.0 / (len(taps) * in_channels)) ** 0.5  # variance 1 / fan-in
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, W, Cin] -> [B, T, H, W, Cout]."""
+        return ops.causal_conv(x, self.weight, self.bias, self.taps)
+
+
+class GatedPixelLayer(nn.Module):
+    """One gated layer of both streams; `attention` follows it on the horizontal stream where given."""
+
+    def __init__(self, config: GatedStackConfig, attention: bool):
+        super().__init__()
+        c = config.channels
+        self.vertical = CausalConv(c, 2 * c, vertical_taps(config.kernel, config.time_kernel))
+        self.horizontal = CausalConv(c, 2 * c, horizontal_taps(config.kernel, config.time_kernel))
+        self.link = nn.Linear(2 * c, 2 * c, bias=False)
+        self.condition = nn.Linear(config.condition_channels, 2 * c, bias=False)
+        self.out = nn.Linear(c, c)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention = CausalAttention(c, config.heads) if attention else None
+
+    def forward(self, v: Tensor, h: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """v, h: [B, T, H, W, C]; condition: [B, T, H, W, condition_channels] -> v, h of the same shapes."""
+        conditioned = self.condition(condition)
+        pre_v = self.vertical(v) + conditioned  # [B, T, H, W, 2C]
+        pre_h = self.horizontal(h) + self.link(pre_v) + conditioned
+        v = v + self.dropout(ops.gate(pre_v))
+        h = h + self.out(self.dropout(ops.gate(pre_h)))
+        return v, h if self.attention is None else h + self.attention(h)
+
+
+class GatedPixelStack(nn.Module):
+    """Codes and a condition in, logits of every code given the ones before it out.
+
+    Source: see the head of this file.
+    """
+
+    def __init__(self, config: GatedStackConfig):
+        super().__init__()
+        self.config = config
+        c = config.channels
+        self.embed = nn.Embedding(config.codes, c)
+        self.input_vertical = CausalConv(c, c, input_vertical_taps(config.kernel, config.time_kernel))
+        self.input_horizontal = CausalConv(c, c, input_horizontal_taps(config.kernel, config.time_kernel))
+        every = config.attention_every
+        self.layers = nn.ModuleList(
+            GatedPixelLayer(config, attention=bool(every) and (i + 1) % every == 0) for i in range(config.layers)
+        )
+        self.head = nn.Sequential(nn.ELU(), nn.Linear(c, c), nn.ELU(), nn.Linear(c, config.codes))
+
+    def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
+        """Teacher-forced logits.
+
+        codes:     [B, T, H, W] int64 in [0, K). condition: [B, T, H, W, condition_channels].
+        Returns:   [B, T, H, W, K]; those at a position do not depend on its own or any later code.
+        Raises:    ValueError if the two grids differ.
+        """
+        if codes.shape != condition.shape[:-1] or condition.shape[-1] != self.config.condition_channels:
+            raise ValueError(
+                f"GatedPixelStack: `condition` must be {[*codes.shape, self.config.condition_channels]} like `codes`, "
+                f"got {list(condition.shape)}."
+            )
+        embedded = self.embed(codes)
+        v, h = self.input_vertical(embedded), self.input_horizontal(embedded)
+        for layer in self.layers:
+            v, h = layer(v, h, condition)
+        return self.head(h)
+
+    def core_parameters(self) -> Iterator[nn.Parameter]:
+        """The layers' and the head's parameters: what the published sizes count, input tables apart."""
+        for part in (self.layers, self.head):
+            yield from part.parameters()
+
+
+def vertical_taps(kernel: int, time_kernel: int) -> tuple[Tap, ...]:
+    """Taps of a layer's vertical convolution: in the (y, t) plane, or in the (y, x) plane for one frame."""
+    r = kernel // 2
+    if time_kernel == 1:
+        return tuple((0, dy, dx) for dy in range(-r, 1) for dx in range(-r, r + 1))
+    past = tuple((dt, dy, 0) for dt in range(1 - time_kernel, 0) for dy in range(-r, r + 1))
+    return past + tuple((0, dy, 0) for dy in range(-r, 1))
+
+
+def horizontal_taps(kernel: int, time_kernel: int) -> tuple[Tap, ...]:
+    """Taps of a layer's horizontal convolution: in the (x, t) plane; the present frame's end at the position itself."""
+    r = kernel // 2
+    past = tuple((dt, 0, dx) for dt in range(1 - time_kernel, 0) for dx in range(-r, r + 1))
+    return past + tuple((0, 0, dx) for dx in range(-r, 1))
+
+
+def input_vertical_taps(kernel: int, time_kernel: int) -> tuple[Tap, ...]:
+    """Taps of the vertical input layer: whole earlier frames, strictly earlier rows of the present one."""
+    r = kernel // 2
+    return _past_cube(r, time_kernel) + tuple((0, dy, dx) for dy in range(-r, 0) for dx in range(-r, r + 1))
+
+
+def input_horizontal_taps(kernel: int, time_kernel: int) -> tuple[Tap, ...]:
+    """Taps of the horizontal input layer: whole earlier frames, strictly earlier columns of the present row."""
+    r = kernel // 2
+    return _past_cube(r, time_kernel) + tuple((0, 0, dx) for dx in range(-r, 0))
+
+
+def _past_cube(r: int, time_kernel: int) -> tuple[Tap, ...]:
+    return tuple(
+        (dt, dy, dx) for dt in range(1 - time_kernel, 0) for dy in range(-r, r + 1) for dx in range(-r, r + 1)
+    )
+
+
+def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross entropy in nats per code. [..., K], [...] -> scalar."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), codes.flatten())

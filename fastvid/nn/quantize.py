@@ -1,0 +1,104 @@
+"""Vector quantisation with a codebook that follows the data by moving averages."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from fastvid import ops
+
+
+class VectorQuantize(nn.Module):
+    """Replaces every row by its nearest code; the codebook is the moving average of the rows it stands for.
+
+    The first training batch seeds the codebook with rows drawn from it, each counted once. A code whose moving
+    count falls below `dead_below` is reborn at a row of the batch, its count and sum with it. State is float32.
+
+    dim, codebook_size: D and K.
+    decay:              share of the old state kept per batch.
+    commitment_weight:  factor of the returned loss.
+    dead_below:         rows per batch under which a code counts as dead; 0 never restarts.
+    Source:             van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Razavi et al. 2019, arXiv:1906.00446.
+    """
+
+    def __init__(
+        self, dim: int, codebook_size: int, decay: float = 0.99, commitment_weight: float = 0.25,
+        eps: float = 1e-5, dead_below: float = 0.05,
+    ):
+        super().__init__()
+        self.dim, self.codebook_size = dim, codebook_size
+        self.decay, self.commitment_weight, self.eps, self.dead_below = decay, commitment_weight, eps, dead_below
+        self.register_buffer("codebook", torch.randn(codebook_size, dim))
+        self.register_buffer("cluster_size", torch.ones(codebook_size))
+        self.register_buffer("cluster_sum", self.codebook.clone())
+        self.register_buffer("started", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise rows, straight-through; in training mode the codebook moves afterwards.
+
+        x:       [..., D], floating.
+        Returns: quantized [..., D] in x's dtype (its gradient is x's), indices [...] int64, commitment loss (scalar,
+                 mean over elements times `commitment_weight`).
+        Raises:  ValueError if the last axis is not D.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"VectorQuantize: the last axis of `x` must be D = {self.dim}, got {list(x.shape)}.")
+        rows = x.reshape(-1, self.dim)  # [N, D]
+        if self.training and not self.started:
+            self._start(rows.detach().float())
+        near = ops.nearest_codebook(rows, self.codebook)
+        quantized = near.quantized.to(x.dtype).view_as(x)
+        loss = self.commitment_weight * F.mse_loss(x, quantized)
+        if self.training:
+            self._follow(rows.detach().float(), near.counts, near.sums)
+        return x + (quantized - x).detach(), near.indices.view(x.shape[:-1]), loss
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Code vectors of indices. [...] int64 -> [..., D]."""
+        return F.embedding(indices, self.codebook)
+
+    @torch.no_grad()
+    def _start(self, rows: Tensor) -> None:
+        self.codebook.copy_(self._draw(rows, self.codebook_size))
+        self.cluster_sum.copy_(self.codebook)
+        self.cluster_size.fill_(1)
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def _follow(self, rows: Tensor, counts: Tensor, sums: Tensor) -> None:
+        if _is_distributed():
+            counts, sums = counts.clone(), sums.clone()
+            distributed.all_reduce(counts)
+            distributed.all_reduce(sums)
+        ops.nearest_codebook_ema_(
+            self.codebook, self.cluster_size, self.cluster_sum, counts, sums, self.decay, self.eps
+        )
+        if self.dead_below > 0:
+            self._restart_dead(rows)
+
+    def _restart_dead(self, rows: Tensor) -> None:
+        dead = (self.cluster_size < self.dead_below).nonzero().flatten()
+        if dead.numel() == 0:
+            return
+        # code, count and sum move together: a code revived alone would be averaged back to death at once
+        self.codebook[dead] = self._draw(rows, dead.numel())
+        self.cluster_sum[dead] = self.codebook[dead]
+        self.cluster_size[dead] = 1.0
+
+    def _draw(self, rows: Tensor, count: int) -> Tensor:
+        """`count` rows of the batch with a little noise where rows repeat; the same on every rank."""
+        picked = rows[torch.randint(rows.shape[0], (count,), device=rows.device)]
+        picked = picked + torch.randn_like(picked) * (0.01 / self.dim**0.5)
+        if _is_distributed():
+            distributed.broadcast(picked, src=0)
+        return picked
+
+
+def perplexity(indices: Tensor, codebook_size: int) -> Tensor:
+    """How many codes a batch uses, as exp of the entropy of their frequencies: between 1 and `codebook_size`."""
+    frequency = torch.bincount(indices.flatten(), minlength=codebook_size).double()
+    frequency = frequency / frequency.sum()
+    return torch.exp(torch.special.entr(frequency).sum()).float()
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -1,0 +1,7 @@
+"""Functional ops. Each is documented and checked here and defined by its room in kernels/."""
+
+from fastvid.ops.conv import causal_conv, gate
+from fastvid.ops.sample import draw, gumbel_row
+from fastvid.ops.vq import nearest_codebook, nearest_codebook_ema_
+
+__all__ = ["causal_conv", "draw", "gate", "gumbel_row", "nearest_codebook", "nearest_codebook_ema_"]
