@@ -1,0 +1,59 @@
+"""The native libraries, by ctypes: the one file that loads them, or remembers why not.
+
+Everything fastvid does also works without them, through torch. FASTVID_NATIVE=off leaves them alone.
+"""
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+ABI_VERSION = 1  # raised together with kernels/common/abi.cpp whenever a signature below changes
+
+SIGNATURES = {
+    "cpu": {
+        "fastvid_abi_version": (ctypes.c_int, ()),
+        "fastvid_cpu_isa": (ctypes.c_char_p, ()),
+    },
+}
+
+
+def load(name: str = "cpu") -> ctypes.CDLL | None:
+    """The library `name` ("cpu") with its functions typed, or None; why_not(name) then says why."""
+    return _open(name)[0]
+
+
+def why_not(name: str = "cpu") -> str | None:
+    """Why load(name) gives None, in one line that says what to do; None when the library is there."""
+    return _open(name)[1]
+
+
+@functools.cache
+def _open(name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("FASTVID_NATIVE", "").lower() in ("off", "0"):
+        return None, "switched off by FASTVID_NATIVE; unset it to use the native library"
+    path = _find(f"libfastvid_{name}.so")
+    if path is None:
+        return None, f"libfastvid_{name}.so was not built; install a C++20 compiler, then run: pip install -e ."
+    try:
+        library = ctypes.CDLL(str(path))
+        _type_functions(library, SIGNATURES[name])
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} cannot be loaded ({error}); build it again: pip install -e ."
+    built = library.fastvid_abi_version()
+    if built != ABI_VERSION:
+        return None, f"{path.name} has ABI {built}, this fastvid needs {ABI_VERSION}; build it again: pip install -e ."
+    return library, None
+
+
+def _find(filename: str) -> Path | None:
+    # an editable install spreads the package over two folders: sources in the checkout, built files in site-packages
+    candidates = (Path(folder) / filename for folder in sys.modules["fastvid"].__path__)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _type_functions(library: ctypes.CDLL, signatures: dict) -> None:
+    for function, (result, arguments) in signatures.items():
+        entry = getattr(library, function)
+        entry.restype, entry.argtypes = result, arguments
