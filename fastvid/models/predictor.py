@@ -12,6 +12,7 @@ from fastvid.checkpoint import load_folder, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.models.bottom_prior import ABSENT, BottomPrior
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE
+from fastvid.models.registry import build
 from fastvid.models.top_prior import TopPrior
 from fastvid.sampling import Noise, sample
 
@@ -71,8 +72,8 @@ class VideoPredictor(nn.Module):
         given = frames.repeat_interleave(samples, dim=0).transpose(1, 2)  # [B*S, 3, 4, H, W]
         identities = torch.arange(samples).repeat(B)
         result, parts = Prediction(frames), []
+        clock = _Clock(result, progress)
         for stretch in range(stretches):
-            clock = _Clock(result, progress, stretch, stretches)
             chunks = [
                 self._stretch(rows, tuple(ids.tolist()), stretch, seed, temperature, clock)
                 for rows, ids in zip(given.split(ROWS_AT_ONCE), identities.split(ROWS_AT_ONCE), strict=True)
@@ -101,7 +102,7 @@ class VideoPredictor(nn.Module):
             top = torch.cat([given_top, future], dim=1)  # [R, steps + 1, H, W]
         slices = range(SLICES_PER_STEP, SLICES_PER_STEP * (steps + 1))
         with clock("bottom", len(identities) * len(slices) * grid_bottom) as advance:
-            bottom = torch.full_like(top, ABSENT).repeat(1, 2, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+            bottom = top.new_full((len(identities), slices.stop, *given_bottom.shape[2:]), ABSENT)
             bottom[:, :SLICES_PER_STEP] = given_bottom
             for i in slices:
                 first = stretch * len(slices) + i
@@ -144,8 +145,6 @@ def load(name: str | Path) -> VideoPredictor:
 
     Raises UsageError for an unknown name and CheckpointError for a damaged folder.
     """
-    from fastvid.models import build
-
     path = SHIPPED / str(name) if str(name) in list_models() else Path(name)
     if not path.is_dir():
         raise UsageError(
@@ -179,7 +178,7 @@ def _check(frames: Tensor, n: int, samples: int, temperature: float) -> None:
 class _Clock:
     """Adds a stage's wall-clock time to a Prediction and tells the caller how far it is."""
 
-    def __init__(self, result: Prediction, report: Report | None, stretch: int, stretches: int):
+    def __init__(self, result: Prediction, report: Report | None):
         self.result, self.report = result, report
 
     def __call__(self, stage: str, codes: int) -> "_Clock":

@@ -84,7 +84,7 @@ PRESETS = {
     "paper": TopPriorConfig(),
     "dino64": TopPriorConfig(
         GatedStackConfig(channels=48, layers=6, condition_channels=64, attention_every=3, heads=4, dropout=0.1),
-        embed=16, squeeze=64, inner=32, blocks=2,
+        embed=16, squeeze=32, inner=32, blocks=2,
     ),
     "push64": TopPriorConfig(
         GatedStackConfig(channels=96, layers=10, condition_channels=96, heads=4, dropout=0.1),
