@@ -95,6 +95,17 @@ def load_parts(path: str | Path, verify: bool = True) -> tuple[dict[str, dict[st
     return parts, config
 
 
+def read_config(path: str | Path) -> dict:
+    """The config of a model folder alone, checked against its manifest.
+
+    path:   a model folder.
+    Raises: CheckpointError if the manifest or the config is missing or damaged.
+    """
+    folder = _readable(Path(path).resolve())
+    _check_file(folder / "config.json", _read_manifest(folder)["files"]["config.json"], True, {})
+    return _read_json(folder / "config.json")
+
+
 def has_folder(path: str | Path) -> bool:
     """Whether a folder was ever completed under this name (it may still be damaged).
 

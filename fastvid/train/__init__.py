@@ -1,0 +1,140 @@
+"""Training: `train_vqvae`, then `train_top` and `train_bottom` on its codes; each leaves a run folder with a model."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastvid import models
+from fastvid.checkpoint import has_folder, load_folder, manifest_hash, read_config
+from fastvid.data.clips import ClipWindows, open_clips
+from fastvid.errors import CheckpointError, UsageError
+from fastvid.train.latents import Latents, encode_windows, load_latents
+from fastvid.train.loop import Task, TrainResult, check_run, train
+from fastvid.train.options import TrainOptions
+from fastvid.train.ranks import Ranks, process_group
+from fastvid.train.tasks import BottomTask, TopTask, VQVAETask
+
+FRAMES = 16
+SIZES = {"paper": 256, "dino64": 64, "push64": 64, "tiny": 32}  # pixels, of each preset's square frames
+
+__all__ = [
+    "BottomTask", "Latents", "Task", "TopTask", "TrainOptions", "TrainResult", "VQVAETask", "encode_windows",
+    "load_latents", "train", "train_bottom", "train_top", "train_vqvae",
+]
+
+
+def train_vqvae(data: str, preset: str, out: str | Path, *, resume: bool = False, size: int | None = None,
+                device: str | None = None, **options) -> TrainResult:
+    """Train a hierarchical VQ-VAE on 16-frame windows; alone or in every process of a torchrun.
+
+    data:    what `open_clips` takes. preset: a name of models.PRESETS["vqvae"]. out: the run folder.
+    size:    height and width of the frames in pixels, divisible by 8; None takes the preset's.
+    device:  None takes the GPU where there is one.
+    options: fields of TrainOptions.
+    Returns: TrainResult; its `model` is a model folder.
+    Raises:  UsageError, DataError, CheckpointError; SystemExit(130) after Ctrl-C, with a checkpoint.
+    """
+    chosen = TrainOptions(**options)
+    check_run(Path(out), resume)
+    config = models.preset("vqvae", preset)
+    with process_group():
+        windows, about = _windows(data, _size(preset, size), chosen.seed)
+        model = _fresh("vqvae", config, chosen.seed, device)
+        return train(VQVAETask(model, windows, chosen.batch_size, about), chosen, out, resume)
+
+
+def train_top(data: str, vqvae: str | Path, preset: str, out: str | Path, **rest) -> TrainResult:
+    """Train the top prior on the codes that a trained VQ-VAE gives the clips; they are kept in `out`/latents.
+
+    vqvae:   the run folder (or its model folder) of `train_vqvae`.
+    rest:    resume, size, device, options as in `train_vqvae`; every=4: frames between two windows of a clip. The size
+             is that of the autoencoder's run unless given.
+    Returns: TrainResult, and raises, as `train_vqvae`.
+    """
+    return _train_prior("top", TopTask, data, vqvae, preset, out, **rest)
+
+
+def train_bottom(data: str, vqvae: str | Path, preset: str, out: str | Path, **rest) -> TrainResult:
+    """Train the bottom prior; everything as in `train_top`."""
+    return _train_prior("bottom", BottomTask, data, vqvae, preset, out, **rest)
+
+
+def _train_prior(kind: str, task: type, data: str, vqvae: str | Path, preset: str, out: str | Path, *,
+                 resume: bool = False, size: int | None = None, device: str | None = None, every: int = 4,
+                 **options) -> TrainResult:
+    chosen = TrainOptions(**options)
+    check_run(Path(out), resume)
+    config = models.preset(kind, preset)
+    with process_group() as ranks:
+        autoencoder, identity = _load_vqvae(Path(vqvae), device)
+        if autoencoder.config.codes != config.stack.codes:
+            raise UsageError(
+                f"{vqvae} has {autoencoder.config.codes} codes per level, the {kind} preset {preset} is for "
+                f"{config.stack.codes}; choose the preset that the autoencoder was trained with."
+            )
+        windows, about = _windows(data, _size(preset, size or _trained_size(Path(vqvae))), chosen.seed)
+        latents = _shared_latents(ranks, Path(out) / "latents", autoencoder, windows, identity | about, every)
+        model = _fresh(kind, config, chosen.seed, device)
+        return train(task(model, latents, chosen.batch_size, chosen.seed, autoencoder), chosen, out, resume)
+
+
+def _shared_latents(ranks: Ranks, folder: Path, vqvae: nn.Module, windows, identity: dict, every: int) -> Latents:
+    """The first process makes the codes, the others then read them."""
+    if ranks.leads:
+        latents = load_latents(folder, vqvae, windows, identity, every)
+    ranks.wait()
+    return latents if ranks.leads else load_latents(folder, vqvae, windows, identity, every)
+
+
+def _windows(data: str, size: int, seed: int) -> tuple[ClipWindows, dict]:
+    clips = open_clips(data, split="train")
+    windows = ClipWindows(clips, frames=FRAMES, size=(size, size), seed=seed)
+    listed = hashlib.sha256(json.dumps([list(clips.names), list(clips.lengths)]).encode())
+    for index in sorted({0, len(clips) // 2, len(clips) - 1}):
+        # names alone would not notice that clips were made again with another generator
+        listed.update(clips.read(index, 0, 1).contiguous().numpy().tobytes())
+    return windows, {"clips": listed.hexdigest(), "frames": FRAMES, "size": size}
+
+
+def _size(preset: str, size: int | None) -> int:
+    size = SIZES.get(preset) if size is None else size
+    if size is None:
+        raise UsageError(f"preset {preset} names no frame size; give --size.")
+    if size < 8 or size % 8:
+        raise UsageError(f"--size must be a positive multiple of 8 pixels, got {size}.")
+    return size
+
+
+def _trained_size(vqvae: Path) -> int | None:
+    """The frame size that the autoencoder's run was trained with, where the run is there to tell."""
+    for run in (vqvae, vqvae.parent):
+        if has_folder(run / "checkpoint"):
+            return read_config(run / "checkpoint").get("task", {}).get("data", {}).get("size")
+    return None
+
+
+def _load_vqvae(path: Path, device: str | None) -> tuple[nn.Module, dict]:
+    folder = path / "model" if has_folder(path / "model") else path
+    tensors, config = load_folder(folder)
+    if config.get("kind") != "vqvae":
+        raise CheckpointError(f"{folder}: wanted a vqvae, it is of kind {config.get('kind')!r}; give its run folder.")
+    model = models.build("vqvae", {key: value for key, value in config.items() if key != "kind"})
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: weights do not fit the config: {str(error).splitlines()[-1]}") from error
+    return model.to(_device(device)).eval().requires_grad_(False), {"vqvae": manifest_hash(folder)}
+
+
+def _fresh(kind: str, config, seed: int, device: str | None) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.build(kind, asdict(config)).to(_device(device))
+
+
+def _device(name: str | None) -> str:
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,137 @@
+"""What can be trained: the autoencoder on clips, the two priors on its codes."""
+
+import hashlib
+import math
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvid.data.sheet import contact_sheet
+from fastvid.models import BottomPrior, HierarchicalVQVAE, TopPrior
+from fastvid.models.bottom_prior import ABSENT
+from fastvid.train.latents import Latents
+
+
+class VQVAETask:
+    """Reconstruct random windows of clips.
+
+    model:      the autoencoder. windows: a ClipWindows (anything with its `batch`).
+    batch_size: clips per step over all processes. data: what identifies the clips, for continued runs.
+    """
+
+    def __init__(self, model: HierarchicalVQVAE, windows, batch_size: int, data: dict):
+        self.model, self.windows, self.batch_size = model, windows, batch_size
+        self.config = {"kind": "vqvae", **asdict(model.config)}
+        self.fingerprint = {"model": self.config, "data": data}
+
+    def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of this process's share; metrics psnr (dB), perplexity of both levels, the two loss terms."""
+        clips = self.windows.batch(step, self.batch_size // world, rank=rank, world=world)
+        video = as_model_input(clips, next(self.model.parameters()).device)
+        out = self.model(video)
+        error = F.mse_loss(out.reconstruction.detach().clamp(0, 1), video)
+        return out.loss, {
+            "psnr": -10 * torch.log10(error.clamp_min(1e-10)), "perplexity_top": out.perplexity_top,
+            "perplexity_bottom": out.perplexity_bottom, "commitment": out.commitment_loss,
+        }
+
+    def sheet(self, model: HierarchicalVQVAE) -> Tensor:
+        """Rows in pairs: a real window, then its reconstruction. uint8 [H, W, 3]."""
+        clips = self.windows.batch(0, min(4, self.batch_size), rank=0, world=1)  # [B, T, H, W, 3]
+        made = as_frames(model.decode(*model.encode(as_model_input(clips, next(model.parameters()).device))))
+        return contact_sheet([row for pair in zip(clips, made, strict=True) for row in pair])
+
+
+class TopTask:
+    """Predict the top codes of the future from both levels' codes of the given frames.
+
+    model: the prior. latents: codes of the training windows. batch_size: windows per step over all processes.
+    seed:  with the step it decides the batch. vqvae: the autoencoder behind the codes; with it sheets are drawn.
+    """
+
+    def __init__(self, model: TopPrior, latents: Latents, batch_size: int, seed: int = 0,
+                 vqvae: HierarchicalVQVAE | None = None):
+        self.model, self.latents, self.batch_size, self.seed, self.vqvae = model, latents, batch_size, seed, vqvae
+        self.config = {"kind": "top", **asdict(model.config)}
+        self.fingerprint = {"model": self.config, "data": latents.key}
+
+    def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy in nats; metric bits per code."""
+        codes = self.latents.take(*_draw(self.latents, self.seed, step, self.batch_size, rank, world)[:1])
+        codes = codes.to(next(self.model.parameters()).device)
+        target = codes.top[:, codes.given_top.shape[1]:]  # [B, 3, h, w]
+        return _cross_entropy(self.model(target, codes.given_top, codes.given_bottom), target)
+
+    def sheet(self, model: TopPrior) -> Tensor | None:
+        """None: the top codes alone make no picture."""
+        return None
+
+
+class BottomTask:
+    """Predict one slice of bottom codes, drawn at random from the future, from all top codes and the slices before it.
+
+    Arguments as for TopTask.
+    """
+
+    def __init__(self, model: BottomPrior, latents: Latents, batch_size: int, seed: int = 0,
+                 vqvae: HierarchicalVQVAE | None = None):
+        self.model, self.latents, self.batch_size, self.seed, self.vqvae = model, latents, batch_size, seed, vqvae
+        self.config = {"kind": "bottom", **asdict(model.config)}
+        self.fingerprint = {"model": self.config, "data": latents.key}
+
+    def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy in nats; metric bits per code."""
+        rows, slices = _draw(self.latents, self.seed, step, self.batch_size, rank, world)
+        codes = self.latents.take(rows).to(next(self.model.parameters()).device)
+        target, top, window = bottom_inputs(codes, slices.to(codes.top.device), self.model.config.window)
+        return _cross_entropy(self.model(target, slices.to(target.device), top, window), target)
+
+    def sheet(self, model: BottomPrior) -> Tensor | None:
+        """None: the bottom codes alone make no picture."""
+        return None
+
+
+def bottom_inputs(codes: Latents, slices: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the bottom prior is shown when it must predict slice n: just what exists at that moment of sampling.
+
+    codes:   Latents of B windows. slices: [B] int64, the n of each. window: earlier slices seen.
+    Returns: target [B, 2h, 2w], top [B, 4, h, w] with the given frames encoded alone in front, window
+             [B, window, 2h, 2w] = slices n - window .. n - 1, those of the given frames encoded alone, -1 if absent.
+    Raises:  nothing for slices in [0, 8).
+    """
+    known = codes.given_bottom.shape[1]
+    bottom = torch.cat([codes.given_bottom, codes.bottom[:, known:]], dim=1)  # [B, 8, 2h, 2w]
+    top = torch.cat([codes.given_top, codes.top[:, codes.given_top.shape[1]:]], dim=1)
+    padded = F.pad(bottom, (0, 0, 0, 0, window, 0), value=ABSENT)
+    row = torch.arange(len(slices), device=slices.device)
+    earlier = slices[:, None] + torch.arange(window, device=slices.device)  # padded index of n - window is n
+    return bottom[row, slices], top, padded[row[:, None], earlier]
+
+
+def as_model_input(clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [0, 1] on `device`. Raises nothing."""
+    return clips.to(device).movedim(-1, 1).float().div_(255).contiguous()
+
+
+def as_frames(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in [0, 1] -> uint8 [B, T, H, W, 3] on the CPU. Raises nothing."""
+    return video.mul(255).round().clamp(0, 255).to("cpu", torch.uint8).movedim(1, -1)
+
+
+def _draw(latents: Latents, seed: int, step: int, batch: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Rows [B] and slices [B] of one process's share of a step; the shares together do not depend on `world`."""
+    generator = torch.Generator().manual_seed(_mix(seed, step))
+    rows = torch.randint(len(latents.top), (batch,), generator=generator)
+    slices = torch.randint(latents.given_bottom.shape[1], latents.bottom.shape[1], (batch,), generator=generator)
+    return rows.chunk(world)[rank], slices.chunk(world)[rank]
+
+
+def _mix(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"batch {seed} {step}".encode()).digest()[:7], "little")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten())
+    return loss, {"bits_per_code": loss.detach() / math.log(2)}
