@@ -11,11 +11,11 @@ Source: Ramachandran et al. 2017, arXiv:1704.06001, for the caches; the split by
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvid import ops
 from fastvid.nn import CausalAttention, CausalConv, GatedPixelLayer, GatedPixelStack
@@ -91,165 +91,175 @@ class SamplingPlan:
     """
 
     def __init__(self, stack: GatedPixelStack, condition: Tensor):
-        self.stack = stack
-        B, T, H, W, _ = condition.shape
-        c, r = stack.config.channels, stack.config.kernel // 2
-        self.radius, self.shape, self.condition = r, (B, T, H, W), condition
-
-        def plane(channels: int) -> Tensor:
-            # zero borders stand for the padding, so that no slice needs a bounds check
-            return condition.new_zeros(B, T, H + 2 * r, W + 2 * r, channels)
-
+        self.stack, self.condition = stack, condition
+        self.grid = _Grid(*condition.shape[:4], stack.config.kernel // 2, condition)
+        B, T, H, W = self.grid.shape
         self.codes = torch.zeros(B, T, H, W, dtype=torch.int64, device=condition.device)
-        self.embedded = plane(c)
-        self.input_vertical = _ConvPlan(stack.input_vertical, r)
-        self.input_horizontal = _ConvPlan(stack.input_horizontal, r)
-        self.layers = [_LayerPlan(layer, r, plane(c), plane(c), (B, T, H, W)) for layer in stack.layers]
-        last = stack.config.channels
-        self.head = [(m.weight.t().expand(B, last, -1), m.bias) for m in (stack.head[1], stack.head[3])]
+        self.embedded = self.grid.plane(stack.config.channels)
+        self.input_vertical = _ConvPlan(stack.input_vertical, self.embedded, self.grid)
+        self.input_horizontal = _ConvPlan(stack.input_horizontal, self.embedded, self.grid)
+        self.layers = [_LayerPlan(layer, self.grid) for layer in stack.layers]
+        self.head = [_Affine(linear, B) for linear in (stack.head[1], stack.head[3])]
 
     def frame(self, t: int) -> None:
         """Everything about frame t that earlier frames and the condition already decide."""
         self.t = t
-        self.past_v = self.input_vertical.past(self.embedded, t)
-        self.past_h = self.input_horizontal.past(self.embedded, t)
+        self.input_vertical.frame(t)
+        self.input_horizontal.frame(t)
         for layer in self.layers:
             layer.frame(t, self.condition)
 
     def row(self, y: int) -> None:
         """The vertical stream of every layer for row y, and what it hands to the horizontal stream."""
         self.y = y
-        self.row_h = _row_of(self.past_h, y)
-        v = self.input_vertical.present_row(self.embedded, self.t, y, _row_of(self.past_v, y))  # [B, W, C]
+        v = self.input_vertical.row(y)  # [B, W, C]
+        self.input_horizontal.start_row(y, self.input_horizontal.past[:, y])
         for layer in self.layers:
-            v = layer.row(v, self.t, y)
+            v = layer.row(v, y)
 
     def pixel(self, x: int) -> Tensor:
         """Logits of the code at column x, all codes before it having been put. -> [B, K]."""
-        h = self.input_horizontal.present_pixel(self.embedded, self.t, self.y, x, self.row_h[:, x : x + 1])  # [B, 1, C]
+        h = self.input_horizontal.pixel(x)  # [B, 1, C]
         for layer in self.layers:
-            h = layer.pixel(h, self.t, self.y, x)
-        for weight, bias in self.head:
-            h = torch.baddbmm(bias, F.elu(h), weight)
+            h = layer.pixel(h, x)
+        for affine in self.head:
+            h = affine(F.elu(h))
         return h.squeeze(1)
 
     def put(self, x: int, codes: Tensor) -> None:
         """Record the codes drawn at column x. codes: [B] int64."""
         self.codes[:, self.t, self.y, x] = codes
-        r = self.radius
-        self.embedded[:, self.t, self.y + r, x + r] = self.stack.embed(codes)
+        r = self.grid.radius
+        self.embedded[:, self.t, self.y + r, x + r] = F.embedding(codes, self.stack.embed.weight)
+
+
+class _Grid:
+    """The sizes all caches share. Planes carry zero borders, so that no slice of a tap needs a bounds check."""
+
+    def __init__(self, B: int, T: int, H: int, W: int, radius: int, like: Tensor):
+        self.shape, self.radius, self.like = (B, T, H, W), radius, like
+
+    def plane(self, channels: int) -> Tensor:
+        B, T, H, W = self.shape
+        return self.like.new_zeros(B, T, H + 2 * self.radius, W + 2 * self.radius, channels)
+
+
+class _Affine:
+    """A linear map as one product per sample, so that rounding does not depend on the batch."""
+
+    def __init__(self, linear: nn.Linear, batch: int):
+        self.weight = linear.weight.t().expand(batch, -1, -1)  # [B, Cin, Cout]
+        self.bias = linear.bias
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight + bias. [B, M, Cin] -> [B, M, Cout]; `bias` replaces the map's own."""
+        bias = self.bias if bias is None else bias
+        return torch.bmm(x, self.weight) if bias is None else torch.baddbmm(bias, x, self.weight)
 
 
 class _ConvPlan:
-    """One causal convolution split into the taps of earlier frames and those of the present one."""
+    """One causal convolution over a cached plane, split into the taps of earlier frames and those of the present one."""
 
-    def __init__(self, conv: CausalConv, radius: int):
-        self.r = radius
+    def __init__(self, conv: CausalConv, plane: Tensor, grid: _Grid):
+        self.grid, self.plane, self.bias = grid, plane, conv.bias
         past = [i for i, (dt, _, _) in enumerate(conv.taps) if dt < 0]
         present = [i for i, (dt, _, _) in enumerate(conv.taps) if dt == 0]
         self.past_taps = [conv.taps[i] for i in past]
         self.present_taps = [conv.taps[i] for i in present]
-        self.past_weight = conv.weight[past].flatten(0, 1)  # [taps * Cin, Cout]
-        self.present_weight = conv.weight[present].flatten(0, 1)
-        self.bias = conv.bias
-        # the present taps of a horizontal convolution are adjacent columns ending at this one
-        self.left, self.right = self.present_taps[0][2], self.present_taps[-1][2] + 1
+        self.past_weight = conv.weight[past]  # [taps, Cin, Cout]
+        self.weight = conv.weight[present].flatten(0, 1).expand(grid.shape[0], -1, -1)  # [B, taps * Cin, Cout]
 
-    def past(self, planes: Tensor, t: int) -> Tensor:
-        """Bias plus the earlier frames' taps for the whole of frame t. planes [B, T, H+2r, W+2r, C] -> [B, H*W, Cout]."""
-        B, _, height, width, _ = planes.shape
-        H, W, r = height - 2 * self.r, width - 2 * self.r, self.r
-        taps = [i for i, (dt, _, _) in enumerate(self.past_taps) if t + dt >= 0]
-        if not taps:
-            return self.bias.expand(B, H, W, -1)
-        seen = torch.cat(
-            [planes[:, t + dt, r + dy : r + dy + H, r + dx : r + dx + W] for dt, dy, dx in map(self.past_taps.__getitem__, taps)],
-            dim=-1,
-        )
-        channels = planes.shape[-1]
-        weight = torch.cat([self.past_weight[i * channels : (i + 1) * channels] for i in taps])
-        return _affine(seen.flatten(1, 2), weight, self.bias).unflatten(1, (H, W))
+    def frame(self, t: int, addend: Tensor | None = None) -> None:
+        """Bias, addend [B, H, W, Cout] and the earlier frames' taps for the whole of frame t."""
+        B, _, H, W = self.grid.shape
+        self.t, r = t, self.grid.radius
+        live = [i for i, (dt, _, _) in enumerate(self.past_taps) if t + dt >= 0]
+        self.past = self.bias.expand(B, H, W, -1) if addend is None else addend + self.bias
+        if live:
+            views = [
+                self.plane[:, t + dt, r + dy : r + dy + H, r + dx : r + dx + W]
+                for dt, dy, dx in (self.past_taps[i] for i in live)
+            ]
+            seen, weight = torch.cat(views, dim=-1).flatten(1, 2), self.past_weight[live].flatten(0, 1)
+            self.past = self.past + torch.bmm(seen, weight.expand(B, -1, -1)).unflatten(1, (H, W))
 
-    def present_row(self, planes: Tensor, t: int, y: int, past: Tensor) -> Tensor:
-        """The whole convolution for row y, given its past part [B, W, Cout]. -> [B, W, Cout]."""
-        W, r = past.shape[1], self.r
-        seen = torch.cat([planes[:, t, y + r + dy, r + dx : r + dx + W] for _, dy, dx in self.present_taps], dim=-1)
-        return _affine(seen, self.present_weight, past)
+    def row(self, y: int) -> Tensor:
+        """The whole convolution for row y. -> [B, W, Cout]."""
+        W, r = self.grid.shape[3], self.grid.radius
+        views = [self.plane[:, self.t, y + r + dy, r + dx : r + dx + W] for _, dy, dx in self.present_taps]
+        return torch.baddbmm(self.past[:, y], torch.cat(views, dim=-1), self.weight)
 
-    def present_pixel(self, planes: Tensor, t: int, y: int, x: int, past: Tensor) -> Tensor:
-        """The whole horizontal convolution at column x, given its past part [B, 1, Cout]. -> [B, 1, Cout]."""
-        seen = planes[:, t, y + self.r, x + self.r + self.left : x + self.r + self.right]  # [B, taps, C]
-        return _affine(seen.flatten(1).unsqueeze(1), self.present_weight, past)
+    def start_row(self, y: int, addend: Tensor) -> None:
+        """Make row y ready for `pixel`. addend: [B, W, Cout], all but the present taps."""
+        # the present taps of a horizontal convolution are adjacent columns: in memory one run per position
+        first, taps = self.present_taps[0][2], len(self.present_taps)
+        line = self.plane[:, self.t, y + self.grid.radius, self.grid.radius + first :]  # [B, columns, C]
+        B, W, C = line.shape[0], self.grid.shape[3], line.shape[2]
+        runs = line.as_strided((B, W, taps * C), line.stride())
+        # one view per column now is cheaper than three slices per column and layer later
+        self.seen, self.addend = runs.split(1, dim=1), addend.split(1, dim=1)
+
+    def pixel(self, x: int) -> Tensor:
+        """The whole horizontal convolution at column x. -> [B, 1, Cout]."""
+        return torch.baddbmm(self.addend[x], self.seen[x], self.weight)
 
 
-@dataclass
 class _LayerPlan:
     """Caches of one gated layer: both streams' inputs on every position so far, and the attention's keys and values."""
 
-    layer: GatedPixelLayer
-    radius: int
-    v_planes: Tensor  # [B, T, H + 2r, W + 2r, C]
-    h_planes: Tensor
-    shape: tuple[int, int, int, int]
-    attention: "_AttentionPlan | None" = field(init=False)
-
-    def __post_init__(self):
-        self.vertical = _ConvPlan(self.layer.vertical, self.radius)
-        self.horizontal = _ConvPlan(self.layer.horizontal, self.radius)
-        self.attention = _AttentionPlan(self.layer.attention, self.shape) if self.layer.attention else None
+    def __init__(self, layer: GatedPixelLayer, grid: _Grid):
+        B, C = grid.shape[0], layer.out.in_features
+        self.grid, self.v_plane, self.h_plane = grid, grid.plane(C), grid.plane(C)
+        self.vertical = _ConvPlan(layer.vertical, self.v_plane, grid)
+        self.horizontal = _ConvPlan(layer.horizontal, self.h_plane, grid)
+        self.condition, self.link, self.out = (_Affine(m, B) for m in (layer.condition, layer.link, layer.out))
+        self.attention = _AttentionPlan(layer.attention, grid) if layer.attention else None
 
     def frame(self, t: int, condition: Tensor) -> None:
-        conditioned = _affine(condition[:, t].flatten(1, 2), self.layer.condition.weight.t(), None)
-        conditioned = conditioned.unflatten(1, condition.shape[2:4])  # [B, H, W, 2C]
-        self.past_v = self.vertical.past(self.v_planes, t) + conditioned
-        self.past_h = self.horizontal.past(self.h_planes, t) + conditioned
+        self.t = t
+        addend = self.condition(condition[:, t].flatten(1, 2)).unflatten(1, self.grid.shape[2:])  # [B, H, W, 2C]
+        self.vertical.frame(t, addend)
+        self.horizontal.frame(t, addend)
 
-    def row(self, v: Tensor, t: int, y: int) -> Tensor:
-        r, W = self.radius, v.shape[1]
-        self.v_planes[:, t, y + r, r : r + W] = v
-        pre_v = self.vertical.present_row(self.v_planes, t, y, self.past_v[:, y])  # [B, W, 2C]
-        self.row_h = _affine(pre_v, self.layer.link.weight.t(), self.past_h[:, y])
+    def row(self, v: Tensor, y: int) -> Tensor:
+        r, W = self.grid.radius, self.grid.shape[3]
+        self.v_plane[:, self.t, y + r, r : r + W] = v
+        self.h_row = self.h_plane[:, self.t, y + r, r : r + W].split(1, dim=1)  # W views of [B, 1, C]
+        pre_v = self.vertical.row(y)  # [B, W, 2C]
+        self.horizontal.start_row(y, self.link(pre_v, bias=self.horizontal.past[:, y]))
+        if self.attention:
+            self.attention.start_row(self.t, y)
         return v + ops.gate(pre_v)
 
-    def pixel(self, h: Tensor, t: int, y: int, x: int) -> Tensor:
-        self.h_planes[:, t, y + self.radius, x + self.radius] = h.squeeze(1)
-        pre_h = self.horizontal.present_pixel(self.h_planes, t, y, x, self.row_h[:, x : x + 1])
-        h = h + _affine(ops.gate(pre_h), self.layer.out.weight.t(), self.layer.out.bias)
-        return h if self.attention is None else h + self.attention.pixel(h, t, y, x)
+    def pixel(self, h: Tensor, x: int) -> Tensor:
+        self.h_row[x].copy_(h)
+        h = h + self.out(ops.gate(self.horizontal.pixel(x)))
+        return h if self.attention is None else h + self.attention.pixel(h, x)
 
 
 class _AttentionPlan:
     """Keys and values of every position so far; one query at a time."""
 
-    def __init__(self, attention: CausalAttention, shape: tuple[int, int, int, int]):
-        B, T, H, W = shape
-        self.module, self.grid = attention, (T, H, W)
+    def __init__(self, attention: CausalAttention, grid: _Grid):
+        B, T, H, W = grid.shape
         C, A = attention.out.in_features, attention.heads
+        self.width, self.height, self.scale = W, H, (C // A) ** -0.5
+        self.qkv, self.out = _Affine(attention.qkv, B), _Affine(attention.out, B)
         where = coordinates(T, H, W).to(attention.out.weight).flatten(0, 2)  # [N, 3]
         self.position = attention.qkv.bias + where @ attention.qkv_position.weight.t()  # [N, 3C]
-        self.keys = where.new_zeros(B, A, T * H * W, C // A)
-        self.values = torch.zeros_like(self.keys)
+        self.keys = where.new_zeros(B, A, C // A, T * H * W)
+        self.values = where.new_zeros(B, A, T * H * W, C // A)
 
-    def pixel(self, h: Tensor, t: int, y: int, x: int) -> Tensor:
-        _, H, W = self.grid
-        n = (t * H + y) * W + x
-        B, A, _, E = self.keys.shape
-        q, k, v = _affine(h, self.module.qkv.weight.t(), self.position[n]).view(B, 3, A, E).unbind(1)  # [B, A, E]
-        self.keys[:, :, n], self.values[:, :, n] = k, v
-        # [B, A, 1, n + 1]
-        scores = (q.unsqueeze(2) * E**-0.5) @ self.keys[:, :, : n + 1].transpose(2, 3)
-        attended = torch.softmax(scores, dim=-1) @ self.values[:, :, : n + 1]  # [B, A, 1, E]
-        return _affine(attended.view(B, 1, A * E), self.module.out.weight.t(), self.module.out.bias)
+    def start_row(self, t: int, y: int) -> None:
+        self.first = (t * self.height + y) * self.width
 
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias, one product per sample: [B, M, Cin], [Cin, Cout], broadcastable bias -> [B, M, Cout]."""
-    batched = weight.expand(x.shape[0], -1, -1)
-    return torch.bmm(x, batched) if bias is None else torch.baddbmm(bias, x, batched)
-
-
-def _row_of(planes: Tensor, y: int) -> Tensor:
-    return planes[:, y]
+    def pixel(self, h: Tensor, x: int) -> Tensor:
+        n = self.first + x
+        B, A, E, _ = self.keys.shape
+        q, k, v = self.qkv(h, bias=self.position[n]).view(B, 3, A, 1, E).unbind(1)  # [B, A, 1, E] each
+        self.keys[..., n], self.values[:, :, n] = k.squeeze(2), v.squeeze(2)
+        weights = torch.softmax((q * self.scale) @ self.keys[..., : n + 1], dim=-1)  # [B, A, 1, n + 1]
+        return self.out((weights @ self.values[:, :, : n + 1]).view(B, 1, A * E))
 
 
 def _check(stack: GatedPixelStack, condition: Tensor, noise: Noise) -> torch.Size:

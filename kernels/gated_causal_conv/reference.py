@@ -9,22 +9,20 @@ Tap = tuple[int, int, int]  # (dt, dy, dx): which neighbour is read, relative to
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, taps: tuple[Tap, ...]) -> Tensor:
     """y[p] = bias + sum over i of x[p + taps[i]] @ weight[i]; zero outside. [B, T, H, W, Cin] -> [B, T, H, W, Cout]."""
-    seen = neighbours(x, taps).flatten(-2)  # [B, T, H, W, taps * Cin]
-    y = seen @ weight.flatten(0, 1)
-    return y if bias is None else y + bias
+    return F.linear(neighbours(x, taps), weight.flatten(0, 1).t(), bias)
 
 
 def neighbours(x: Tensor, taps: tuple[Tap, ...]) -> Tensor:
-    """What each tap reads at each position. [B, T, H, W, C] -> [B, T, H, W, taps, C], zero outside the grid."""
+    """What the taps read at each position, side by side. [B, T, H, W, C] -> [B, T, H, W, taps * C], zero outside."""
     T, H, W = x.shape[1:4]
     before = [max(0, -min(tap[axis] for tap in taps)) for axis in range(3)]
     after = [max(0, max(tap[axis] for tap in taps)) for axis in range(3)]
     padded = F.pad(x, (0, 0, before[2], after[2], before[1], after[1], before[0], after[0]))
     views = []
-    for dt, dy, dx in taps:
-        t, y, x0 = before[0] + dt, before[1] + dy, before[2] + dx
+    for tap in taps:
+        t, y, x0 = (margin + offset for margin, offset in zip(before, tap, strict=True))
         views.append(padded[:, t : t + T, y : y + H, x0 : x0 + W])
-    return torch.stack(views, dim=-2)
+    return torch.cat(views, dim=-1)
 
 
 def gate(pre: Tensor) -> Tensor:
