@@ -56,8 +56,19 @@ def probe_video(path: str | Path) -> VideoInfo:
     Raises:  VideoError if the file is missing, no video, or has no frame.
     """
     with _opened(path) as (container, stream):
-        height, width, _ = next(_images(path, container, stream)).shape
+        height, width, _ = _picture(next(_frames(path, container, stream))).shape
         return VideoInfo(Path(path), _promised(container, stream), height, width, _rate(stream))
+
+
+def count_frames(path: str | Path) -> int:
+    """Frames that a video file shows, by decoding all of it: for containers that do not say.
+
+    path:    a file that FFmpeg can decode.
+    Returns: a count of at least 1.
+    Raises:  VideoError if the file is missing, damaged or no video.
+    """
+    with _opened(path) as (container, stream):
+        return sum(1 for _ in _frames(path, container, stream))
 
 
 def read_video(
@@ -81,10 +92,11 @@ def read_video(
     seen = 0
     with _opened(path) as (container, stream):
         promised = _promised(container, stream)
-        for image in _images(path, container, stream):
+        for frame in _frames(path, container, stream):
             seen += 1
             if seen <= start:
                 continue
+            image = _picture(frame)
             kept.append(fit_frames(image[None], *size)[0][0] if size else image)
             if len(kept) == 1:
                 expected = frames or max(1, (promised or 1) - start)
@@ -112,7 +124,7 @@ def read_image(path: str | Path) -> Tensor:
     Raises:  VideoError if the file is missing or no image.
     """
     with _opened(path) as (container, stream):
-        return next(_images(path, container, stream))
+        return _picture(next(_frames(path, container, stream)))
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool = False) -> None:
@@ -205,8 +217,8 @@ def _opened(path: str | Path) -> Iterator[tuple]:
         raise VideoError(f"{path}: cannot be read as video: {_reason(error)}.") from error
 
 
-def _images(path: str | Path, container, stream) -> Iterator[Tensor]:
-    """Upright RGB frames [H, W, 3]; the decoder hands them over in order of presentation, not of storage."""
+def _frames(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
+    """At least one whole frame; the decoder hands them over in order of presentation, not of storage."""
     if stream.codec_context is None:
         raise VideoError(f"{path}: no decoder for this video's codec.")
     _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
@@ -216,21 +228,22 @@ def _images(path: str | Path, container, stream) -> Iterator[Tensor]:
         _check_pixels(path, frame.height, frame.width)
         if frame.is_corrupt:
             raise VideoError(f"{path}: frame {count} is damaged.")
-        yield torch.from_numpy(_upright(frame.to_ndarray(format="rgb24"), frame))
+        yield frame
     if count < 0:
         raise VideoError(f"{path}: no frame can be decoded.")
 
 
-def _upright(image: np.ndarray, frame) -> np.ndarray:
-    """Apply the display matrix, rounded to quarter turns and mirrors."""
+def _picture(frame: av.VideoFrame) -> Tensor:
+    """RGB with the display matrix applied, rounded to quarter turns and mirrors."""
+    image = frame.to_ndarray(format="rgb24")                # [H, W, 3]
     side = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
     if side is None:
-        return image
+        return torch.from_numpy(image)
     matrix = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
     (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()  # x' = a x + c y, y' = b x + d y
     if abs(a) + abs(d) < abs(b) + abs(c):
         image, a, d = image.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    return torch.from_numpy(np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]))
 
 
 def _promised(container, stream) -> int | None:

@@ -1,0 +1,359 @@
+"""Data sets of clips: `open_clips` sniffs what a path or name means, `ClipWindows` cuts training windows from it."""
+
+import hashlib
+import os
+import re
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvid.data.video import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    count_frames,
+    fit_frames,
+    probe_video,
+    read_image,
+    read_video,
+)
+from fastvid.errors import DataError, VideoError
+
+GENERATORS = {"digits": None, "push": "PushSimulator", "dino": "DinoRecorder"}  # None: plain make_clip, no start-up
+NOMINAL_CLIPS = {"train": 10_000, "test": 1_000}
+NOMINAL_FRAMES = 30
+CACHE_BYTES = 4 << 30
+MAX_BAD_SHARE = 0.05
+MAX_LINES = 20
+
+Size = tuple[int, int]
+Skipped = list[tuple[str, str]]
+Loader = Callable[[int, int, int, Size | None], Tensor]
+
+
+class Clips:
+    """A list of clips that are decoded or made when asked for.
+
+    names:   one a clip, relative to the data set's folder.
+    lengths: frames of each clip.
+    skipped: (name, reason) of each file that looked like a clip and could not be used.
+    """
+
+    def __init__(
+        self, names: Iterable[str], lengths: Iterable[int], load: Loader, found: str, skipped: Iterable = ()
+    ) -> None:
+        self.names = list(names)
+        self.lengths = list(lengths)
+        self.skipped: Skipped = list(skipped)
+        self._load, self._found = load, found
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int, start: int = 0, frames: int | None = None, size: Size | None = None) -> Tensor:
+        """Frames of one clip.
+
+        i:      clip number from 0. start: first frame. frames: how many, exactly; None means the rest.
+        size:   (H, W) to which `fit_frames` brings each frame; None keeps the clip's own.
+        Returns: uint8 [T, H, W, 3] in 0..255, RGB.
+        Raises: DataError for a clip or frames outside the data set, VideoError for a file that cannot be decoded.
+        """
+        if not 0 <= i < len(self):
+            raise DataError(f"clip {i} wanted, but there are {len(self)} (0 to {len(self) - 1}).")
+        count = self.lengths[i] - start if frames is None else frames
+        if start < 0 or count < 1 or start + count > self.lengths[i]:
+            raise DataError(
+                f"{self.names[i]}: frames {start} to {start + count - 1} wanted, the clip has {self.lengths[i]}."
+            )
+        return self._load(i, start, count, size)
+
+    def describe(self) -> str:
+        """What was found and what was skipped, with reasons, in lines of text.
+
+        Returns: text without a final line break; lengths in frames.
+        """
+        shortest, longest = min(self.lengths), max(self.lengths)
+        frames = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        lines = [f"{self._found}: {len(self)} clip{'s' * (len(self) != 1)} of {frames} frames"]
+        if self.skipped:
+            lines.append(f"skipped {len(self.skipped)}:")
+            lines += [f"  {name}: {reason}" for name, reason in self.skipped[:MAX_LINES]]
+        if len(self.skipped) > MAX_LINES:
+            lines.append(f"  and {len(self.skipped) - MAX_LINES} more")
+        return "\n".join(lines)
+
+
+def open_clips(
+    spec: str | Path, split: str | None = None, frames: int = NOMINAL_FRAMES, size: Size = (64, 64)
+) -> Clips:
+    """Open a data set, sniffing what `spec` means.
+
+    spec:    a video file; a folder of videos, at any depth; a folder of folders of frames (png, jpg, bmp, webp, in
+             natural order); either with train/ and test/ below; or the name of a generator: digits, push, dino
+             (write ./push for a folder of that name).
+    split:   "train" or "test": the subfolder, or the generator's range of seeds; None means train where there are
+             splits. A path without train/ and test/ holds no splits and gives all its clips.
+    frames, size: length and (H, W) in pixels of clips that a generator makes; files keep their own.
+    Returns: Clips; unreadable files are left out and named in `.skipped`.
+    Raises:  DataError if there is nothing at `spec`, or no usable clip in it.
+    """
+    if split not in (None, "train", "test"):
+        raise DataError(f"split must be train, test or None, got '{split}'.")
+    if str(spec) in GENERATORS:
+        return _generated(str(spec), split or "train", frames, size)
+    root = Path(spec)
+    if root.is_file():
+        return _videos(root.parent, [root], f"video file {root}", [])
+    if not root.is_dir():
+        raise DataError(f"{spec}: no such file or folder, nor a generator ({', '.join(GENERATORS)}).")
+    found = f"folder {root}"
+    splits = [name for name in ("train", "test") if (root / name).is_dir()]
+    if splits:
+        split = split or splits[0]
+        if split not in splits:
+            raise DataError(f"{root}: has {splits[0]}/ but no {split}/ folder.")
+        root, found = root / split, f"folder {root}, split {split}"
+    elif split:
+        found += f" (no train/ and test/ below, so all clips count as {split})"
+    return _folder(root, found)
+
+
+class ClipWindows:
+    """Windows of equal length and size, cut from clips, for training and for exhaustive passes.
+
+    clips:      what `open_clips` gave; clips shorter than a window are left out and named in `.skipped`.
+    frames:     T of a window. frame_step: keep every n-th frame, so a window spans (frames - 1) * frame_step + 1.
+    size:       (H, W) to which `fit_frames` brings every clip; None keeps the clips' own size, equal for all.
+    seed:       of the random draws. stride: random windows start at multiples of it.
+    cache_bytes: decoded clips are kept in memory as uint8 up to this many bytes.
+    Raises:     DataError if no clip is long enough, and later if more than 5 in 100 clips cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        frames: int = 16,
+        size: Size | None = (64, 64),
+        seed: int = 0,
+        stride: int = 1,
+        frame_step: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        if min(frames, stride, frame_step) < 1:
+            raise DataError(f"frames, stride and frame_step must be at least 1, got {frames}, {stride}, {frame_step}.")
+        self.clips, self.frames, self.size, self.seed = clips, frames, size, seed
+        self.stride, self.frame_step, self.cache_bytes = stride, frame_step, cache_bytes
+        self.span = (frames - 1) * frame_step + 1
+        self.usable = [i for i, length in enumerate(clips.lengths) if length >= self.span]
+        if not self.usable:
+            raise DataError(f"windows span {self.span} frames, but the longest clip has {max(clips.lengths)}.")
+        short = sorted(set(range(len(clips))) - set(self.usable))
+        self.skipped = [*clips.skipped]
+        self.skipped += [(clips.names[i], f"{clips.lengths[i]} frames, a window spans {self.span}") for i in short]
+        self._cache: dict[int, Tensor] = {}
+        self._cached_bytes = 0
+        self._loose: set[int] = set()
+        self._bad: set[int] = set()
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Random windows: a random clip, then a random start in it, both drawn from sha256(seed, step, item).
+
+        Items are numbered over all ranks (rank * batch_size + position), so two ranks of 8 see together what one
+        rank of 16 sees. No global random state is read or moved. A clip that cannot be decoded is skipped, named
+        once in a warning and in `.skipped`, and drawn again.
+
+        step, batch_size: step from 0, windows to return. rank, world: this process and how many there are.
+        Returns: uint8 [B, T, H, W, 3] in 0..255.
+        Raises:  DataError for a rank outside the world, windows of unequal size, or too many bad clips.
+        """
+        if not 0 <= rank < world or batch_size < 1 or step < 0:
+            raise DataError(f"batch: got step {step}, batch_size {batch_size}, rank {rank} of {world}.")
+        windows = [self._draw(step, rank * batch_size + position) for position in range(batch_size)]
+        if any(window.shape != windows[0].shape for window in windows):
+            raise DataError("the clips differ in height and width; give ClipWindows one size.")
+        return torch.stack(windows)
+
+    def windows(self, every: int = 4) -> list[tuple[int, int]]:
+        """All windows that start at multiples of `every` frames.
+
+        every:   distance of starts in frames, at least 1.
+        Returns: (clip, start) pairs for `at`, in order.
+        Raises:  DataError if every is below 1.
+        """
+        if every < 1:
+            raise DataError(f"windows: every must be at least 1, got {every}.")
+        return [(i, s) for i in self.usable for s in range(0, self.clips.lengths[i] - self.span + 1, every)]
+
+    def at(self, clip: int, start: int) -> Tensor:
+        """One window.
+
+        clip, start: clip number from 0 and first frame.
+        Returns: uint8 [T, H, W, 3] in 0..255.
+        Raises:  DataError for a window outside the clip, VideoError if the clip cannot be decoded.
+        """
+        if not 0 <= clip < len(self.clips) or not 0 <= start <= self.clips.lengths[clip] - self.span:
+            raise DataError(f"no window of {self.span} frames starts at frame {start} of clip {clip}.")
+        return self._view(clip, start).clone()
+
+    def describe(self) -> str:
+        """The data set, the windows, and what was skipped.
+
+        Returns: text without a final line break.
+        """
+        seen = Clips(self.clips.names, self.clips.lengths, self.clips._load, self.clips._found, self.skipped)
+        return f"windows of {self.frames} frames, every {self.frame_step} kept, from {seen.describe()}"
+
+    def _draw(self, step: int, item: int) -> Tensor:
+        attempt = 0
+        while True:
+            digest = hashlib.sha256(f"{self.seed}/{step}/{item}/{attempt}".encode()).digest()
+            clip = self.usable[int.from_bytes(digest[:8], "little") % len(self.usable)]
+            starts = (self.clips.lengths[clip] - self.span) // self.stride + 1
+            start = int.from_bytes(digest[8:16], "little") % starts * self.stride
+            if clip not in self._bad:
+                try:
+                    return self._view(clip, start)
+                except VideoError as error:
+                    self._drop(clip, error)
+            attempt += 1
+
+    def _view(self, clip: int, start: int) -> Tensor:
+        if clip not in self._cache and clip not in self._loose:
+            self._keep(clip)
+        if clip in self._cache:
+            return self._cache[clip][start : start + self.span : self.frame_step]
+        return self.clips.read(clip, start, self.span, self.size)[:: self.frame_step]
+
+    def _drop(self, clip: int, error: VideoError) -> None:
+        self._bad.add(clip)
+        self.skipped.append((self.clips.names[clip], str(error)))
+        if len(self._bad) > MAX_BAD_SHARE * len(self.clips):
+            raise DataError(f"{len(self._bad)} of {len(self.clips)} clips cannot be decoded, now: {error}") from error
+        warnings.warn(f"clip skipped: {error}", stacklevel=4)
+
+    def _keep(self, clip: int) -> None:
+        """Decode and cache a whole clip if the budget has room for it; either way decode all of it once."""
+        frames = self.clips.lengths[clip]
+        height, width = self.size or self.clips.read(clip, 0, 1).shape[1:3]
+        size = frames * height * width * 3
+        if self._cached_bytes + size <= self.cache_bytes:
+            self._cache[clip] = self.clips.read(clip, 0, frames, self.size)
+            self._cached_bytes += size
+        else:
+            # a clip damaged near its end must be bad whether or not it fits, or batches would depend on the budget
+            self.clips.read(clip, frames - 1, 1, self.size)
+            self._loose.add(clip)
+
+
+def natural_key(path: str | Path) -> list:
+    """Sort key under which frame2 comes before frame10.
+
+    path:    any text or path.
+    Returns: text and whole numbers in turn, comparable with the key of any other path.
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
+
+
+def _folder(root: Path, found: str) -> Clips:
+    videos: list[Path] = []
+    frame_folders: dict[Path, list[Path]] = {}
+    others: Counter[str] = Counter()
+    skipped: Skipped = []
+    for folder, _, files in os.walk(root, onerror=lambda e: skipped.append((str(e.filename), str(e.strerror)))):
+        for path in sorted((Path(folder) / name for name in files if not name.startswith(".")), key=natural_key):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                frame_folders.setdefault(path.parent, []).append(path)
+            elif path.suffix.lower() in VIDEO_SUFFIXES:
+                videos.append(path)
+            else:
+                others[path.suffix.lower() or "no suffix"] += 1
+    if videos:
+        others += Counter({"images": sum(map(len, frame_folders.values()))})
+    if others:
+        found += f" ({sum(others.values())} files of other kinds left aside: {', '.join(sorted(others))})"
+    if videos:
+        return _videos(root, sorted(videos, key=natural_key), found, skipped)
+    if frame_folders:
+        return _frame_folders(root, frame_folders, found, skipped)
+    raise DataError(f"{root}: no clips: neither videos ({' '.join(VIDEO_SUFFIXES)}) nor folders of frames in it.")
+
+
+def _videos(root: Path, paths: Sequence[Path], found: str, skipped: Skipped) -> Clips:
+    usable, lengths = [], []
+    for path in paths:
+        try:
+            lengths.append(probe_video(path).frames or count_frames(path))
+            usable.append(path)
+        except VideoError as error:
+            skipped.append((_name(path, root), _without_path(error, path)))
+    _check_any(root, usable, skipped)
+
+    def load(i: int, start: int, frames: int, size: Size | None) -> Tensor:
+        return read_video(usable[i], start, frames, size)[0]
+
+    return Clips((_name(path, root) for path in usable), lengths, load, found, skipped)
+
+
+def _frame_folders(root: Path, folders: dict[Path, list[Path]], found: str, skipped: Skipped) -> Clips:
+    usable = []
+    for folder in sorted(folders, key=natural_key):
+        try:
+            read_image(folders[folder][0])
+            usable.append(folder)
+        except VideoError as error:
+            skipped.append((_name(folder, root), str(error)))
+    _check_any(root, usable, skipped)
+
+    def load(i: int, start: int, frames: int, size: Size | None) -> Tensor:
+        images = [read_image(path) for path in folders[usable[i]][start : start + frames]]
+        if size:
+            images = [fit_frames(image[None], *size)[0][0] for image in images]
+        if any(image.shape != images[0].shape for image in images):
+            raise VideoError(f"{usable[i]}: the frames differ in size; give one size to resize all.")
+        return torch.stack(images)
+
+    lengths = (len(folders[folder]) for folder in usable)
+    return Clips((_name(folder, root) for folder in usable), lengths, load, found, skipped)
+
+
+def _generated(kind: str, split: str, frames: int, size: Size) -> Clips:
+    module = import_module(f"fastvid.data.{kind}")
+    seeds = module.SPLITS[split][: NOMINAL_CLIPS[split]]
+    stack = ExitStack()
+
+    @cache
+    def maker() -> Callable[[int, int], Tensor]:
+        """Start the generator at the first clip and keep it: a simulator or browser is dear to start."""
+        if GENERATORS[kind] is None:
+            return partial(module.make_clip, size=size)
+        return stack.enter_context(getattr(module, GENERATORS[kind])(size=size)).clip
+
+    def load(i: int, start: int, count: int, fit: Size | None) -> Tensor:
+        clip = maker()(seeds[i], frames)[start : start + count]
+        return fit_frames(clip, *fit)[0] if fit else clip
+
+    found = f"generator {kind}, split {split}, made on demand"
+    clips = Clips((f"{seed:07d}" for seed in seeds), [frames] * len(seeds), load, found)
+    weakref.finalize(clips, stack.close)
+    return clips
+
+
+def _check_any(root: Path, usable: list, skipped: Skipped) -> None:
+    if not usable:
+        name, reason = skipped[0]
+        raise DataError(f"{root}: no usable clip, {len(skipped)} unreadable; the first: {name}: {reason}")
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path != root else root.name
+
+
+def _without_path(error: VideoError, path: Path) -> str:
+    return str(error).removeprefix(f"{path}: ")
