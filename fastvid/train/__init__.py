@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import nn
 
 from fastvid import models
 from fastvid.checkpoint import has_folder, load_folder, manifest_hash, read_config
-from fastvid.data.clips import ClipWindows, open_clips
-from fastvid.errors import CheckpointError, UsageError
+from fastvid.data.clips import Clips, ClipWindows, open_clips
+from fastvid.errors import CheckpointError, UsageError, VideoError
 from fastvid.train.latents import Latents, encode_windows, load_latents
 from fastvid.train.loop import Task, TrainResult, check_run, train
 from fastvid.train.options import TrainOptions
@@ -41,8 +42,8 @@ def train_vqvae(data: str, preset: str, out: str | Path, *, resume: bool = False
     chosen = TrainOptions(**options)
     check_run(Path(out), resume)
     config = models.preset("vqvae", preset)
-    with process_group():
-        windows, about = _windows(data, _size(preset, size), chosen.seed)
+    with process_group() as ranks:
+        windows, about = _windows(data, _size(preset, size), chosen.seed, ranks)
         model = _fresh("vqvae", config, chosen.seed, device)
         return train(VQVAETask(model, windows, chosen.batch_size, about), chosen, out, resume)
 
@@ -76,7 +77,7 @@ def _train_prior(kind: str, task: type, data: str, vqvae: str | Path, preset: st
                 f"{vqvae} has {autoencoder.config.codes} codes per level, the {kind} preset {preset} is for "
                 f"{config.stack.codes}; choose the preset that the autoencoder was trained with."
             )
-        windows, about = _windows(data, _size(preset, size or _trained_size(Path(vqvae))), chosen.seed)
+        windows, about = _windows(data, _size(preset, size or _trained_size(Path(vqvae))), chosen.seed, ranks)
         latents = _shared_latents(ranks, Path(out) / "latents", autoencoder, windows, identity | about, every)
         model = _fresh(kind, config, chosen.seed, device)
         return train(task(model, latents, chosen.batch_size, chosen.seed, autoencoder), chosen, out, resume)
@@ -90,14 +91,23 @@ def _shared_latents(ranks: Ranks, folder: Path, vqvae: nn.Module, windows, ident
     return latents if ranks.leads else load_latents(folder, vqvae, windows, identity, every)
 
 
-def _windows(data: str, size: int, seed: int) -> tuple[ClipWindows, dict]:
-    clips = open_clips(data, split="train")
+def _windows(data: str, size: int, seed: int, ranks: Ranks) -> tuple[ClipWindows, dict]:
+    clips = open_clips(data, split="train", size=(size, size))
     windows = ClipWindows(clips, frames=FRAMES, size=(size, size), seed=seed)
-    listed = hashlib.sha256(json.dumps([list(clips.names), list(clips.lengths)]).encode())
+    if ranks.leads:
+        print(windows.describe(), file=sys.stderr)
+    return windows, {"clips": _clips_hash(clips), "frames": FRAMES, "size": size}
+
+
+def _clips_hash(clips: Clips) -> str:
+    """Names, lengths and three sample frames: names alone would not notice clips made again by another generator."""
+    listed = hashlib.sha256(json.dumps([clips.names, clips.lengths]).encode())
     for index in sorted({0, len(clips) // 2, len(clips) - 1}):
-        # names alone would not notice that clips were made again with another generator
-        listed.update(clips.read(index, 0, 1).contiguous().numpy().tobytes())
-    return windows, {"clips": listed.hexdigest(), "frames": FRAMES, "size": size}
+        try:
+            listed.update(clips.read(index, 0, 1).contiguous().numpy().tobytes())
+        except VideoError:
+            listed.update(b"unreadable")  # training names such clips and does without them
+    return listed.hexdigest()
 
 
 def _size(preset: str, size: int | None) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvid.checkpoint import has_folder, load_folder, read_config, save_folder
-from fastvid.errors import CheckpointError, DataError
+from fastvid.errors import CheckpointError, DataError, VideoError
 
 GIVEN = 4  # frames that are given to a predictor, and so encoded alone as well
+MAX_BAD_SHARE = 0.05
 
 
 class Latents(NamedTuple):
@@ -67,24 +68,51 @@ def latents_key(identity: dict, every: int) -> str:
 def encode_windows(vqvae: nn.Module, windows, key: str, every: int = 4, batch_size: int = 16) -> Latents:
     """Encode every window of the data, whole and its first 4 frames alone.
 
-    Arguments and errors as for `load_latents`; key: goes into the result.
+    Arguments as for `load_latents`; key: goes into the result. A clip that cannot be decoded is named and left out.
     Returns: Latents on the CPU.
+    Raises:  DataError if there is no window, or more than 5 in 100 clips cannot be decoded.
     """
     places = windows.windows(every=every)
     if not places:
         raise DataError("the data hold no window of 16 frames; give longer clips.")
-    device = next(vqvae.parameters()).device
     was_training = vqvae.training
     vqvae.eval()
-    parts = []
-    with tqdm(total=len(places), unit="window", desc="encoding", disable=None) as bar:
+    parts, bad = [], {}
+    with tqdm(total=len(places), unit="window", desc="encoding", mininterval=1) as bar:
         for start in range(0, len(places), batch_size):
-            clips = torch.stack([windows.at(*place) for place in places[start:start + batch_size]])
-            video = clips.to(device).movedim(-1, 1).float().div_(255).contiguous()  # [B, 3, T, H, W]
-            parts.append([c.to("cpu", torch.int16) for c in (*vqvae.encode(video[:, :, :GIVEN]), *vqvae.encode(video))])
-            bar.update(len(clips))
+            chosen = places[start:start + batch_size]
+            clips = _read_windows(windows, chosen, bad)
+            if len(bad) > MAX_BAD_SHARE * len({clip for clip, _ in places}):
+                raise DataError(f"{len(bad)} clips cannot be decoded, the last: {list(bad.values())[-1]}")
+            if clips:
+                parts.append(_encode(vqvae, torch.stack(clips)))
+            bar.update(len(chosen))
     vqvae.train(was_training)
     return Latents(*(torch.cat(codes) for codes in zip(*parts, strict=True)), key)
+
+
+def _read_windows(windows, places: list[tuple[int, int]], bad: dict[int, VideoError]) -> list[Tensor]:
+    clips = []
+    for clip, start in places:
+        if clip in bad:
+            continue
+        try:
+            clips.append(windows.at(clip, start))
+        except VideoError as error:
+            bad[clip] = error
+            tqdm.write(f"clip left out: {error}", file=sys.stderr)
+    return clips
+
+
+def _encode(vqvae: nn.Module, clips: Tensor) -> list[Tensor]:
+    device = next(vqvae.parameters()).device
+    video = as_model_input(clips, device)
+    return [codes.to("cpu", torch.int16) for codes in (*vqvae.encode(video[:, :, :GIVEN]), *vqvae.encode(video))]
+
+
+def as_model_input(clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [0, 1] on `device`. Raises nothing."""
+    return clips.to(device).movedim(-1, 1).float().div_(255).contiguous()
 
 
 def _read(folder: Path, key: str) -> Latents | None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
@@ -79,7 +80,8 @@ def process_group():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        # the first process may encode a whole data set while the others wait
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     try:
         yield Ranks()
     finally:

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastvid.data.sheet import contact_sheet
 from fastvid.models import BottomPrior, HierarchicalVQVAE, TopPrior
 from fastvid.models.bottom_prior import ABSENT
-from fastvid.train.latents import Latents
+from fastvid.sampling import Noise, sample
+from fastvid.train.latents import GIVEN, Latents, as_model_input
 
 
 class VQVAETask:
@@ -65,8 +66,16 @@ class TopTask:
         return _cross_entropy(self.model(target, codes.given_top, codes.given_bottom), target)
 
     def sheet(self, model: TopPrior) -> Tensor | None:
-        """None: the top codes alone make no picture."""
-        return None
+        """Rows in pairs: what the true top codes show, then sampled ones, both without bottom codes."""
+        if self.vqvae is None:
+            return None
+        codes = _some(self.latents, next(model.parameters()).device)
+        known = codes.given_top.shape[1]
+        condition = model.condition(codes.given_top, codes.given_bottom)
+        made = sample(model.stack, condition, Noise(0, tuple(range(len(codes.top)))))
+        real = torch.cat([codes.given_top, codes.top[:, known:]], dim=1)
+        made = torch.cat([codes.given_top, made], dim=1)
+        return _pairs(decode_top_alone(self.vqvae, real), decode_top_alone(self.vqvae, made))
 
 
 class BottomTask:
@@ -89,8 +98,18 @@ class BottomTask:
         return _cross_entropy(self.model(target, slices.to(target.device), top, window), target)
 
     def sheet(self, model: BottomPrior) -> Tensor | None:
-        """None: the bottom codes alone make no picture."""
-        return None
+        """Rows in pairs: the reconstruction from true codes, then with sampled bottom codes under the true top ones."""
+        if self.vqvae is None:
+            return None
+        codes = _some(self.latents, next(model.parameters()).device)
+        real = made = torch.cat([codes.given_bottom, codes.bottom[:, codes.given_bottom.shape[1]:]], dim=1)
+        for n in range(codes.given_bottom.shape[1], codes.bottom.shape[1]):
+            slices = torch.full((len(made),), n, device=made.device)
+            _, top, window = bottom_inputs(codes._replace(bottom=made), slices, model.config.window)
+            noise = Noise(0, tuple(range(len(made))), stream=1, first_step=n)
+            drawn = sample(model.stack, model.condition(slices, top, window), noise)
+            made = torch.cat([made[:, :n], drawn, made[:, n + 1:]], dim=1)
+        return _pairs(self.vqvae.decode(top, real), self.vqvae.decode(top, made))
 
 
 def bottom_inputs(codes: Latents, slices: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,9 +129,15 @@ def bottom_inputs(codes: Latents, slices: Tensor, window: int) -> tuple[Tensor, 
     return bottom[row, slices], top, padded[row[:, None], earlier]
 
 
-def as_model_input(clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [0, 1] on `device`. Raises nothing."""
-    return clips.to(device).movedim(-1, 1).float().div_(255).contiguous()
+def decode_top_alone(vqvae: HierarchicalVQVAE, top: Tensor) -> Tensor:
+    """Clips as the decoder sees them when the bottom level is masked, which it was trained for.
+
+    top:     [B, T/4, H/8, W/8] int64.
+    Returns: [B, 3, T, H, W] in [0, 1].
+    Raises:  nothing for codes in [0, K).
+    """
+    coarse = vqvae.upsample_top(vqvae.quantize_top.lookup(top).movedim(-1, 1))  # [B, D, T/2, H/4, W/4]
+    return (vqvae.decode_both(torch.cat([coarse, torch.zeros_like(coarse)], dim=1)) + 0.5).clamp(0, 1)
 
 
 def as_frames(video: Tensor) -> Tensor:
@@ -135,3 +160,13 @@ def _mix(seed: int, step: int) -> int:
 def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten())
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
+
+
+def _some(latents: Latents, device: torch.device) -> Latents:
+    """Three windows from all over the data."""
+    return latents.take(torch.linspace(0, len(latents.top) - 1, 3).long()).to(device)
+
+
+def _pairs(real: Tensor, made: Tensor) -> Tensor:
+    rows = zip(as_frames(real), as_frames(made), strict=True)
+    return contact_sheet([row for pair in rows for row in pair], given=GIVEN)
