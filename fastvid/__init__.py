@@ -13,7 +13,7 @@ import sys
 import types
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # pyproject.toml says the same
 
 _DOORS = {"load": "models", "list_models": "models"}  # function -> the module of fastvid that holds it
 _MODULES = ("data", "metrics", "models", "nn", "ops", "sampling")
