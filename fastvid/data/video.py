@@ -38,7 +38,7 @@ _BROKEN = (av.error.FFmpegError, OSError, ValueError, RuntimeError, OverflowErro
 class VideoInfo:
     """What a video file says of itself, after rotation.
 
-    frames is None where the container does not say (GIF, fragmented files); fps is the average rate in frames a second.
+    frames is None where the container's word is not to be trusted (all but mp4 and mov); fps is the average rate.
     """
 
     path: Path
@@ -109,8 +109,6 @@ def read_video(
         rate = _rate(stream)
     if frames is not None and len(kept) < frames:
         raise VideoError(f"{path}: wanted {frames} frames from frame {start} on, but the file has {seen}.")
-    if frames is None and promised and seen < promised:
-        raise VideoError(f"{path}: the file promises {promised} frames, only {seen} decode (damaged or cut short).")
     if not kept:
         raise VideoError(f"{path}: nothing from frame {start} on, the file has {seen} frames.")
     return torch.stack(kept), rate
@@ -223,14 +221,39 @@ def _frames(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
         raise VideoError(f"{path}: no decoder for this video's codec.")
     _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
     stream.thread_type = "AUTO"
-    count = -1
-    for count, frame in enumerate(container.decode(stream)):
+    count, end = 0, None
+    for frame in container.decode(stream):
         _check_pixels(path, frame.height, frame.width)
         if frame.is_corrupt:
             raise VideoError(f"{path}: frame {count} is damaged.")
+        count, end = count + 1, _end(frame) or end
         yield frame
-    if count < 0:
+    if count == 0:
         raise VideoError(f"{path}: no frame can be decoded.")
+    _check_whole(path, container, stream, count, end)
+
+
+def _end(frame: av.VideoFrame) -> float | None:
+    """When the frame leaves the screen, in seconds; None without a timestamp."""
+    return None if frame.pts is None else float((frame.pts + (frame.duration or 0)) * frame.time_base)
+
+
+def _check_whole(path: str | Path, container, stream, count: int, end: float | None) -> None:
+    """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
+    promised = _promised(container, stream)
+    if promised and count < promised:
+        raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode (damaged or cut short).")
+    if container.format.name == "gif":
+        with open(path, "rb") as file:
+            if not file.read().rstrip(b"\0").endswith(b";"):
+                raise VideoError(f"{path}: the GIF has no end mark after {count} frames (damaged or cut short).")
+    if promised or end is None or len(container.streams) > 1 or not container.duration:
+        return
+    # no count to trust (AVI counts frames that are never shown), so the running time must do, less a rounded frame
+    seconds = container.duration / av.time_base
+    end -= (container.start_time or 0) / av.time_base
+    if seconds - end > 1.5 * seconds / count:
+        raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode (damaged or cut short).")
 
 
 def _picture(frame: av.VideoFrame) -> Tensor:
@@ -247,10 +270,11 @@ def _picture(frame: av.VideoFrame) -> Tensor:
 
 
 def _promised(container, stream) -> int | None:
-    """Frames that the container says it shows; mp4's own count ignores its edit list, its index does not."""
-    if stream.frames and "mp4" in container.format.name:
-        return sum(not entry.is_discard for entry in stream.index_entries) or None
-    return stream.frames or None
+    """Frames that an mp4 shows, None for other containers: their counts include what no player shows."""
+    if not stream.frames or "mp4" not in container.format.name:
+        return None
+    # the index respects the edit list, the header's count does not
+    return sum(not entry.is_discard for entry in stream.index_entries) or None
 
 
 def _rate(stream) -> float:
