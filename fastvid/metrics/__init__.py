@@ -1,0 +1,17 @@
+"""How close frames are to the truth, and how many bits a code costs."""
+
+from fastvid.metrics.codes import (
+    ContextFreeBits,
+    CopyBits,
+    bits_per_code,
+    code_perplexity,
+    context_free_bits,
+    copy_bits,
+    unigram,
+)
+from fastvid.metrics.pixel import psnr, ssim
+
+__all__ = [
+    "ContextFreeBits", "CopyBits", "bits_per_code", "code_perplexity", "context_free_bits", "copy_bits", "psnr",
+    "ssim", "unigram",
+]

@@ -1,0 +1,83 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from fastvid.metrics import psnr, ssim
+
+
+def _pictures(seed, *shape):
+    g = torch.Generator().manual_seed(seed)
+    smooth = torch.rand(shape, generator=g).cumsum(-1).cumsum(-2)
+    a = smooth / smooth.max()
+    return a, (a + 0.2 * torch.randn(shape, generator=g)).clamp(0, 1)
+
+
+def test_psnr_by_hand():
+    a = torch.full((2, 3, 4, 5), 0.5)
+    b = a.clone()
+    b[0] += 0.1  # mse 0.01 -> 20 dB
+    b[1, 0] += 0.3  # a third of the values off by 0.3: mse 0.03
+    assert psnr(a.double(), b.double()).tolist() == pytest.approx([20.0, -10 * math.log10(0.03)], abs=1e-5)
+
+
+def test_psnr_of_equal_frames_is_infinite():
+    a = torch.rand(3, 8, 8)
+    assert psnr(a, a) == math.inf
+
+
+def test_ssim_by_hand_on_flat_frames():
+    # without variance only the luminance term is left: (2ab + c1) / (a^2 + b^2 + c1)
+    a, b = torch.full((1, 16, 16), 0.5), torch.full((1, 16, 16), 0.25)
+    wanted = (2 * 0.5 * 0.25 + 1e-4) / (0.25 + 0.0625 + 1e-4)
+    assert ssim(a, b).item() == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize(("H", "W"), [(64, 64), (11, 11), (37, 50)])
+def test_ssim_agrees_with_scikit_image(H, W):
+    a, b = _pictures(H, 5, 3, H, W)
+    for x, y, ours in zip(a, b, ssim(a, b), strict=True):
+        _, full = structural_similarity(
+            x.double().numpy(), y.double().numpy(), channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, full=True,
+        )
+        # scikit-image reflects at the border; where the window fits both see the same pixels
+        assert ours.item() == pytest.approx(np.mean(full[:, 5 : H - 5, 5 : W - 5]), abs=1e-6)
+
+
+def test_ssim_knows_equal_frames_and_order_does_not_matter():
+    a, b = _pictures(1, 2, 4, 3, 20, 24)
+    assert torch.allclose(ssim(a, a), torch.ones(2, 4, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(ssim(a, b), ssim(b, a), atol=1e-12)
+    assert ssim(a, b).shape == (2, 4)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_more_noise_is_worse(metric):
+    a, _ = _pictures(2, 3, 32, 32)
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(3))
+    values = [metric(a, a + s * noise).item() for s in (0.01, 0.05, 0.2)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_ssim_in_pieces_equals_whole(monkeypatch):
+    a, b = _pictures(4, 7, 3, 16, 16)
+    whole = ssim(a, b)
+    monkeypatch.setattr("fastvid.metrics.pixel._PLANES_AT_ONCE", 4)
+    assert torch.allclose(ssim(a, b), whole, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("metric", "a", "b", "words"),
+    [
+        (psnr, torch.zeros(3, 8, 8), torch.zeros(3, 8, 9), "got \\[3, 8, 8\\] and \\[3, 8, 9\\]"),
+        (psnr, torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8), "must be floating"),
+        (ssim, torch.zeros(8, 8), torch.zeros(8, 8), "C, H, W"),
+        (ssim, torch.zeros(3, 10, 64), torch.zeros(3, 10, 64), "at least 11x11, got 10x64"),
+    ],
+)
+def test_wrong_frames_are_refused(metric, a, b, words):
+    with pytest.raises(ValueError, match=words):
+        metric(a, b)
