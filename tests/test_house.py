@@ -43,7 +43,7 @@ STAIRCASE = [
     ("fastvid/__main__.py",     "cli",                                             ""),
 ]  # fmt: skip
 # Optional packages, by the part that may import them; inside functions only, so that lacking one hurts nobody else.
-OPTIONAL = {"fastvid/data/": "pybullet pybullet_data pybullet_utils sklearn websocket", "fastvid/train/": "tensorboard"}
+OPTIONAL = {"fastvid/data/": "pybullet pybullet_data pybullet_utils sklearn", "fastvid/train/": "tensorboard"}
 
 LONG_FILES: dict[str, str] = {}  # path -> why it is longer than 400 lines
 

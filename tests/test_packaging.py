@@ -1,5 +1,6 @@
 """What is written in more than one place agrees, and the wheel holds what an install needs."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -17,6 +18,14 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings its forerunner along
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DISTRIBUTIONS = {  # of the modules that are not called as their distribution is
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "faiss": "faiss-cpu",
+    "PIL": "pillow",
+    "pybullet_data": "pybullet",
+    "pybullet_utils": "pybullet",
+}
 
 
 def name_of(requirement: str) -> str:
@@ -36,6 +45,22 @@ def test_the_version_is_one():
 def test_every_direct_dependency_is_pinned(extra):
     direct = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     assert {name_of(requirement) for requirement in direct} <= pinned()
+
+
+def test_every_third_party_import_is_declared():
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    declared = {name_of(requirement) for group in groups for requirement in group} | {"tomli"}  # comes with pytest
+    files = [path for folder in ("fastvid", "kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
+    ours = {"fastvid", *(path.stem for path in files if path.parent.name == "bench")}
+    undeclared = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            tops = {name.split(".")[0] for name in names} - ours - sys.stdlib_module_names
+            wanted = {DISTRIBUTIONS.get(top, name_of(top)) for top in tops}
+            undeclared |= {f"{path.relative_to(ROOT)}: {name}" for name in wanted - declared}
+    assert not undeclared
 
 
 def test_the_abi_version_is_one():
