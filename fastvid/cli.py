@@ -69,14 +69,13 @@ class Evaluate:
 
     def run(self) -> None:
         """Measure, print a table, write what was asked for. Raises FastvidError."""
-        from fastvid.evaluate import evaluate, table, write_figures
+        from fastvid.evaluate import evaluate, table
 
-        figures = evaluate(
-            self.model, self.data, self.clips, self.samples, self.seed, tuple(self.metrics.split(",")), self.sheet
+        metrics = tuple(self.metrics.split(","))
+        result = evaluate(
+            self.model, self.data, self.clips, self.samples, self.seed, metrics, self.json, self.sheet
         )
-        print(table(figures))
-        if self.json is not None:
-            write_figures(self.json, figures)
+        print(table(result))
 
 
 # the names and defaults of fastvid.train.TrainOptions, which cannot be imported without torch

@@ -1,4 +1,4 @@
-"""How close frames are to the truth, and how many bits a code costs."""
+"""How close frames are to the truth, how many bits a code costs, and how sure a figure is."""
 
 from fastvid.metrics.codes import (
     ContextFreeBits,
@@ -9,9 +9,10 @@ from fastvid.metrics.codes import (
     copy_bits,
     unigram,
 )
+from fastvid.metrics.interval import bootstrap_interval
 from fastvid.metrics.pixel import psnr, ssim
 
 __all__ = [
-    "ContextFreeBits", "CopyBits", "bits_per_code", "code_perplexity", "context_free_bits", "copy_bits", "psnr",
-    "ssim", "unigram",
+    "ContextFreeBits", "CopyBits", "bits_per_code", "bootstrap_interval", "code_perplexity", "context_free_bits",
+    "copy_bits", "psnr", "ssim", "unigram",
 ]

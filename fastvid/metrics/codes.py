@@ -116,7 +116,7 @@ def copy_bits(
 def _entropy(counts: Tensor) -> float:
     """Bits, of counts [K]."""
     share = counts / counts.sum()
-    return float(-torch.special.xlogy(share, share).sum() / math.log(2))
+    return float(torch.special.entr(share).sum() / math.log(2))
 
 
 def _counts(name: str, codes: Tensor, K: int) -> Tensor:
