@@ -111,8 +111,8 @@ def _encode(vqvae: nn.Module, clips: Tensor) -> list[Tensor]:
 
 
 def as_model_input(clips: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [0, 1] on `device`. Raises nothing."""
-    return clips.to(device).movedim(-1, 1).float().div_(255).contiguous()
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [0, 1], channels last in memory. Raises nothing."""
+    return clips.to(device).float().div_(255).movedim(-1, 1)
 
 
 def _read(folder: Path, key: str) -> Latents | None:

@@ -1,0 +1,85 @@
+"""What a run shows while it works, and how it hears that it should stop."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from fastvid.data.sheet import write_png
+from fastvid.train.run import Run
+
+HIDDEN = ("interrupt", "timeout", "skip")  # numbers of a step that are no measurements
+
+
+class Report:
+    """Progress bar, log rows and sample sheets of the leading process."""
+
+    def __init__(self, run: Run):
+        self.run, self.sums, self.count, self.since = run, {}, 0, time.monotonic()
+        self.bar = tqdm(
+            total=run.options.steps, initial=run.step, unit="step", disable=not run.ranks.leads, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, numbers: dict[str, float]) -> None:
+        run = self.run
+        shown = {k: v for k, v in numbers.items() if k not in HIDDEN}
+        if run.ranks.leads:
+            if not numbers["skip"]:
+                self.sums = {key: self.sums.get(key, 0.0) + value for key, value in shown.items()}
+                self.count += 1
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+            self.bar.update()
+            if run.step % run.options.log_every == 0 or run.step == run.options.steps:
+                self._row(shown)
+            if run.options.sample_every and run.step % run.options.sample_every == 0:
+                self._sheet()
+
+    def _row(self, names: dict) -> None:
+        run, now = self.run, time.monotonic()
+        means = {key: self.sums[key] / self.count if self.count else math.nan for key in names}
+        run.log.add({
+            "step": run.step, **means, "learning_rate": run.options.rate_at(run.step - 1), "skipped": run.skipped,
+            "clips_per_second": self.count * run.options.batch_size / max(now - self.since, 1e-9),
+        })
+        self.sums, self.count, self.since = {}, 0, now
+
+    def _sheet(self) -> None:
+        with torch.no_grad():
+            sheet = self.run.task.sheet(self.run.average)
+        if sheet is not None:
+            folder = self.run.out / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(folder / f"step_{self.run.step:08d}.png", sheet)
+
+
+@contextmanager
+def stop_signals():
+    """An event that SIGINT and SIGTERM set. A second SIGINT stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number, _):
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, action in old.items():
+            signal.signal(number, action)

@@ -1,0 +1,147 @@
+"""A run: everything that a step changes, and its way to the disk and back.
+
+The folder holds log.csv, samples/, checkpoint/ (weights, averaged weights, optimizer, step) and model/ (the averaged
+weights, ready to load).
+"""
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastvid.checkpoint import has_folder, load_parts, save_folder
+from fastvid.errors import CheckpointError, UsageError
+from fastvid.train.log import CsvLog
+from fastvid.train.options import TrainOptions
+from fastvid.train.ranks import Ranks, state_of
+
+RUN_NAMES = {"log.csv", "log.csv.tmp", "samples", "latents", "model", "checkpoint"}
+
+
+class Task(Protocol):
+    """What is trained: a model, its loss and what to show of it.
+
+    config:      of the model folder, {"kind": ..., sizes}.
+    fingerprint: JSON values that must be the same when a run is continued (data, model).
+    """
+
+    model: nn.Module
+    config: dict
+    fingerprint: dict
+
+    def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar loss and metrics of this process's share of step `step`; draws its own batch."""
+
+    def sheet(self, model: nn.Module) -> Tensor | None:
+        """uint8 [H, W, 3] that shows what `model` can do, or None if there is nothing to show."""
+
+
+def check_run(out: Path, resume: bool) -> None:
+    """Refuse a run folder that does not fit, before anything dear happens.
+
+    out, resume: as in `train`.
+    Raises:      UsageError.
+    """
+    begun = has_folder(out / "checkpoint")
+    if resume and not begun:
+        raise UsageError(f"--resume: {out} holds no checkpoint; check --out, or leave --resume out to start there.")
+    if begun and not resume:
+        raise UsageError(f"{out} already holds a run; continue it with --resume or choose another --out.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out must be a folder, {out} is a file.")
+    foreign = {p.name for p in out.iterdir()} - RUN_NAMES if out.is_dir() else set()
+    foreign = sorted(name for name in foreign if not name.startswith("."))
+    if foreign and not begun:
+        raise UsageError(f"--out must be a new or empty folder, {out} holds {foreign[0]}; choose another.")
+
+
+class Run:
+    """Model, averaged weights, optimizer and counters of one process; begun anew or loaded from its checkpoint."""
+
+    def __init__(self, task: Task, options: TrainOptions, out: Path, ranks: Ranks):
+        self.task, self.options, self.out, self.ranks = task, options, out, ranks
+        self.model = task.model.train()
+        ranks.spread(state_of(self.model))
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
+        kept = self.model.state_dict().keys()
+        self.buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
+        self.step = self.skipped = self.streak = 0
+        self.saved = None
+
+    def begin(self) -> None:
+        self.ranks.wait()
+        self.save()
+        self.log = CsvLog(self.out / "log.csv") if self.ranks.leads else None
+
+    def save(self) -> None:
+        """Write the checkpoint and, once anything is learnt, the model folder."""
+        if self.saved == self.step:
+            return
+        self.ranks.check_equal(self.model.state_dict(), self.step)
+        if self.ranks.leads:
+            config = {"step": self.step, "skipped": self.skipped, "streak": self.streak, **self._identity()}
+            parts = {"average": self.average.state_dict(), "optimizer": self._moments()}
+            save_folder(self.out / "checkpoint", self.model.state_dict(), config, parts=parts)
+            self.save_model()
+        self.saved = self.step
+
+    def save_model(self) -> None:
+        if self.step > 0:
+            save_folder(self.out / "model", self.average.state_dict(), self.task.config)
+
+    def load(self) -> None:
+        path = self.out / "checkpoint"
+        parts, config = load_parts(path)
+        self._compare(config)
+        try:
+            self.model.load_state_dict(parts["model"])
+            self.average.load_state_dict(parts["average"])
+            self._set_moments(parts["optimizer"])
+            self.step, self.skipped, self.streak = (int(config[key]) for key in ("step", "skipped", "streak"))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: does not fit this run: {str(error).splitlines()[0]}") from error
+        self.saved = self.step
+        self.ranks.wait()
+        if self.ranks.leads:
+            self.log = CsvLog(self.out / "log.csv", after=self.step)
+            self.save_model()
+        else:
+            self.log = None
+
+    def _identity(self) -> dict:
+        return {"options": self.options.fixed(), "all_options": asdict(self.options), "task": self.task.fingerprint}
+
+    def _compare(self, config: dict) -> None:
+        now = self._identity()
+        for part, what in (("options", "--{}"), ("task", "its {}")):
+            old, new = config.get(part, {}), now[part]
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key):
+                    raise UsageError(
+                        f"--resume: {self.out} was trained with {what.format(key.replace('_', '-'))} = {old.get(key)}, "
+                        f"now it is {new.get(key)}; give the old value, or start anew in another --out."
+                    )
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {f"{key}/{name}": value for name, p in self.named.items() for key, value in state[p].items()}
+
+    def _set_moments(self, moments: dict[str, Tensor]) -> None:
+        expected = {f"{key}/{name}" for name in self.named for key in ("step", "exp_avg", "exp_avg_sq")}
+        if moments and set(moments) != expected:
+            raise KeyError("the optimizer's tensors have other names")
+        for full, value in moments.items():
+            key, name = full.split("/", 1)
+            parameter = self.named[name]
+            if key != "step" and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {full} has another shape")
+            # in the parameter's own memory layout: the fused step walks both as plain memory
+            own = value if key == "step" else torch.empty_like(parameter).copy_(value)
+            self.optimizer.state[parameter][key] = own.detach().to(parameter.device)
