@@ -1,41 +1,19 @@
 """Data sets of clips: `open_clips` sniffs what a path or name means, `ClipWindows` cuts training windows from it."""
 
 import hashlib
-import os
-import re
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastvid.data.video import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    count_frames,
-    fit_frames,
-    probe_video,
-    read_image,
-    read_video,
-)
+from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos
 from fastvid.errors import DataError, VideoError
 
-GENERATORS = {"digits": None, "push": "PushSimulator", "dino": "DinoRecorder"}  # None: plain make_clip, no start-up
-NOMINAL_CLIPS = {"train": 10_000, "test": 1_000}
 NOMINAL_FRAMES = 30
 CACHE_BYTES = 4 << 30
 MAX_BAD_SHARE = 0.05
 MAX_LINES = 20
-
-Size = tuple[int, int]
-Skipped = list[tuple[str, str]]
-Loader = Callable[[int, int, int, Size | None], Tensor]
 
 
 class Clips:
@@ -46,13 +24,9 @@ class Clips:
     skipped: (name, reason) of each file that looked like a clip and could not be used.
     """
 
-    def __init__(
-        self, names: Iterable[str], lengths: Iterable[int], load: Loader, found: str, skipped: Iterable = ()
-    ) -> None:
-        self.names = list(names)
-        self.lengths = list(lengths)
-        self.skipped: Skipped = list(skipped)
-        self._load, self._found = load, found
+    def __init__(self, layout: Layout) -> None:
+        self.names, self.lengths, self.skipped = layout.names, layout.lengths, layout.skipped
+        self._layout = layout
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,7 +46,7 @@ class Clips:
             raise DataError(
                 f"{self.names[i]}: frames {start} to {start + count - 1} wanted, the clip has {self.lengths[i]}."
             )
-        return self._load(i, start, count, size)
+        return self._layout.load(i, start, count, size)
 
     def describe(self) -> str:
         """What was found and what was skipped, with reasons, in lines of text.
@@ -81,7 +55,7 @@ class Clips:
         """
         shortest, longest = min(self.lengths), max(self.lengths)
         frames = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
-        lines = [f"{self._found}: {len(self)} clip{'s' * (len(self) != 1)} of {frames} frames"]
+        lines = [f"{self._layout.found}: {len(self)} clip{'s' * (len(self) != 1)} of {frames} frames"]
         if self.skipped:
             lines.append(f"skipped {len(self.skipped)}:")
             lines += [f"  {name}: {reason}" for name, reason in self.skipped[:MAX_LINES]]
@@ -107,10 +81,10 @@ def open_clips(
     if split not in (None, "train", "test"):
         raise DataError(f"split must be train, test or None, got '{split}'.")
     if str(spec) in GENERATORS:
-        return _generated(str(spec), split or "train", frames, size)
+        return Clips(from_generator(str(spec), split or "train", frames, size))
     root = Path(spec)
     if root.is_file():
-        return _videos(root.parent, [root], f"video file {root}", [])
+        return Clips(from_videos(root.parent, [root], f"video file {root}", []))
     if not root.is_dir():
         raise DataError(f"{spec}: no such file or folder, nor a generator ({', '.join(GENERATORS)}).")
     found = f"folder {root}"
@@ -122,7 +96,7 @@ def open_clips(
         root, found = root / split, f"folder {root}, split {split}"
     elif split:
         found += f" (no train/ and test/ below, so all clips count as {split})"
-    return _folder(root, found)
+    return Clips(from_folder(root, found))
 
 
 class ClipWindows:
@@ -207,8 +181,8 @@ class ClipWindows:
 
         Returns: text without a final line break.
         """
-        seen = Clips(self.clips.names, self.clips.lengths, self.clips._load, self.clips._found, self.skipped)
-        return f"windows of {self.frames} frames, every {self.frame_step} kept, from {seen.describe()}"
+        source = Clips(self.clips._layout._replace(skipped=self.skipped))
+        return f"windows of {self.span} frames, one in {self.frame_step} kept, from {source.describe()}"
 
     def _draw(self, step: int, item: int) -> Tensor:
         attempt = 0
@@ -250,110 +224,3 @@ class ClipWindows:
             # a clip damaged near its end must be bad whether or not it fits, or batches would depend on the budget
             self.clips.read(clip, frames - 1, 1, self.size)
             self._loose.add(clip)
-
-
-def natural_key(path: str | Path) -> list:
-    """Sort key under which frame2 comes before frame10.
-
-    path:    any text or path.
-    Returns: text and whole numbers in turn, comparable with the key of any other path.
-    """
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
-
-
-def _folder(root: Path, found: str) -> Clips:
-    videos: list[Path] = []
-    frame_folders: dict[Path, list[Path]] = {}
-    others: Counter[str] = Counter()
-    skipped: Skipped = []
-    for folder, _, files in os.walk(root, onerror=lambda e: skipped.append((str(e.filename), str(e.strerror)))):
-        for path in sorted((Path(folder) / name for name in files if not name.startswith(".")), key=natural_key):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                frame_folders.setdefault(path.parent, []).append(path)
-            elif path.suffix.lower() in VIDEO_SUFFIXES:
-                videos.append(path)
-            else:
-                others[path.suffix.lower() or "no suffix"] += 1
-    if videos:
-        others += Counter({"images": sum(map(len, frame_folders.values()))})
-    if others:
-        found += f" ({sum(others.values())} files of other kinds left aside: {', '.join(sorted(others))})"
-    if videos:
-        return _videos(root, sorted(videos, key=natural_key), found, skipped)
-    if frame_folders:
-        return _frame_folders(root, frame_folders, found, skipped)
-    raise DataError(f"{root}: no clips: neither videos ({' '.join(VIDEO_SUFFIXES)}) nor folders of frames in it.")
-
-
-def _videos(root: Path, paths: Sequence[Path], found: str, skipped: Skipped) -> Clips:
-    usable, lengths = [], []
-    for path in paths:
-        try:
-            lengths.append(probe_video(path).frames or count_frames(path))
-            usable.append(path)
-        except VideoError as error:
-            skipped.append((_name(path, root), _without_path(error, path)))
-    _check_any(root, usable, skipped)
-
-    def load(i: int, start: int, frames: int, size: Size | None) -> Tensor:
-        return read_video(usable[i], start, frames, size)[0]
-
-    return Clips((_name(path, root) for path in usable), lengths, load, found, skipped)
-
-
-def _frame_folders(root: Path, folders: dict[Path, list[Path]], found: str, skipped: Skipped) -> Clips:
-    usable = []
-    for folder in sorted(folders, key=natural_key):
-        try:
-            read_image(folders[folder][0])
-            usable.append(folder)
-        except VideoError as error:
-            skipped.append((_name(folder, root), str(error)))
-    _check_any(root, usable, skipped)
-
-    def load(i: int, start: int, frames: int, size: Size | None) -> Tensor:
-        images = [read_image(path) for path in folders[usable[i]][start : start + frames]]
-        if size:
-            images = [fit_frames(image[None], *size)[0][0] for image in images]
-        if any(image.shape != images[0].shape for image in images):
-            raise VideoError(f"{usable[i]}: the frames differ in size; give one size to resize all.")
-        return torch.stack(images)
-
-    lengths = (len(folders[folder]) for folder in usable)
-    return Clips((_name(folder, root) for folder in usable), lengths, load, found, skipped)
-
-
-def _generated(kind: str, split: str, frames: int, size: Size) -> Clips:
-    module = import_module(f"fastvid.data.{kind}")
-    seeds = module.SPLITS[split][: NOMINAL_CLIPS[split]]
-    stack = ExitStack()
-
-    @cache
-    def maker() -> Callable[[int, int], Tensor]:
-        """Start the generator at the first clip and keep it: a simulator or browser is dear to start."""
-        if GENERATORS[kind] is None:
-            return partial(module.make_clip, size=size)
-        return stack.enter_context(getattr(module, GENERATORS[kind])(size=size)).clip
-
-    def load(i: int, start: int, count: int, fit: Size | None) -> Tensor:
-        clip = maker()(seeds[i], frames)[start : start + count]
-        return fit_frames(clip, *fit)[0] if fit else clip
-
-    found = f"generator {kind}, split {split}, made on demand"
-    clips = Clips((f"{seed:07d}" for seed in seeds), [frames] * len(seeds), load, found)
-    weakref.finalize(clips, stack.close)
-    return clips
-
-
-def _check_any(root: Path, usable: list, skipped: Skipped) -> None:
-    if not usable:
-        name, reason = skipped[0]
-        raise DataError(f"{root}: no usable clip, {len(skipped)} unreadable; the first: {name}: {reason}")
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path != root else root.name
-
-
-def _without_path(error: VideoError, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ")

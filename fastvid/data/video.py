@@ -4,34 +4,22 @@ import hashlib
 import math
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.data._decode import BROKEN, frames_of, opened, picture, promised_frames, rate_of, reason_of
+from fastvid.data._encode import encode
 from fastvid.errors import VideoError
 
 READ_BYTES = 2 << 30  # the largest video handed back at once
-FRAME_PIXELS = 1 << 25  # 8K UHD passes; a header that claims 30,000 x 30,000 must not reach the allocator
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".gif", ".mov", ".m4v", ".mpg", ".mpeg", ".ogv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 WRITE_SUFFIXES = (".mp4", ".webm", ".gif")
-
-# Only plain containers and local files: a playlist renamed to .mp4 must not make FFmpeg open other files or the network
-_SAFE = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,"
-    "m4v,ivf,yuv4mpegpipe,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,wav,mp3,aac,flac",
-}
-# what PyAV raises for a bad file; a bug of ours (TypeError, KeyError, ...) stays visible
-_BROKEN = (av.error.FFmpegError, OSError, ValueError, RuntimeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -55,9 +43,9 @@ def probe_video(path: str | Path) -> VideoInfo:
     Returns: VideoInfo; height and width in pixels after rotation metadata, fps in frames a second.
     Raises:  VideoError if the file is missing, no video, or has no frame.
     """
-    with _opened(path) as (container, stream):
-        height, width, _ = _picture(next(_frames(path, container, stream))).shape
-        return VideoInfo(Path(path), _promised(container, stream), height, width, _rate(stream))
+    with opened(path) as (container, stream):
+        height, width, _ = picture(next(frames_of(path, container, stream))).shape
+        return VideoInfo(Path(path), promised_frames(container, stream), height, width, rate_of(stream))
 
 
 def count_frames(path: str | Path) -> int:
@@ -67,8 +55,8 @@ def count_frames(path: str | Path) -> int:
     Returns: a count of at least 1.
     Raises:  VideoError if the file is missing, damaged or no video.
     """
-    with _opened(path) as (container, stream):
-        return sum(1 for _ in _frames(path, container, stream))
+    with opened(path) as (container, stream):
+        return sum(1 for _ in frames_of(path, container, stream))
 
 
 def read_video(
@@ -90,13 +78,13 @@ def read_video(
         raise VideoError(f"{path}: `start` must be at least 0 and `frames` at least 1, got {start} and {frames}.")
     kept: list[Tensor] = []
     seen = 0
-    with _opened(path) as (container, stream):
-        promised = _promised(container, stream)
-        for frame in _frames(path, container, stream):
+    with opened(path) as (container, stream):
+        promised = promised_frames(container, stream)
+        for frame in frames_of(path, container, stream):
             seen += 1
             if seen <= start:
                 continue
-            image = _picture(frame)
+            image = picture(frame)
             kept.append(fit_frames(image[None], *size)[0][0] if size else image)
             if len(kept) == 1:
                 expected = frames or max(1, (promised or 1) - start)
@@ -106,7 +94,7 @@ def read_video(
             _check_budget(path, len(kept), kept[0])
             if len(kept) == frames:
                 break
-        rate = _rate(stream)
+        rate = rate_of(stream)
     if frames is not None and len(kept) < frames:
         raise VideoError(f"{path}: wanted {frames} frames from frame {start} on, but the file has {seen}.")
     if not kept:
@@ -121,8 +109,8 @@ def read_image(path: str | Path) -> Tensor:
     Returns: uint8 [H, W, 3] in 0..255, RGB; EXIF orientation applied where FFmpeg reports it.
     Raises:  VideoError if the file is missing or no image.
     """
-    with _opened(path) as (container, stream):
-        return _picture(next(_frames(path, container, stream)))
+    with opened(path) as (container, stream):
+        return picture(next(frames_of(path, container, stream)))
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool = False) -> None:
@@ -140,12 +128,12 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool
     path = Path(path)
     _check_writable(path, video, fps, lossless)
     # a random name: two processes may write the same clip at once
-    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(6)}{path.suffix.lower()}")
+    temporary = path.absolute().with_name(f".{path.stem[:40]}.{secrets.token_hex(6)}{path.suffix.lower()}")
     try:
-        _encode(str(temporary), path.suffix.lower(), video, Fraction(fps).limit_denominator(10_000), lossless)
+        encode(temporary, video, Fraction(fps).limit_denominator(10_000), lossless)
         os.replace(temporary, path)
-    except _BROKEN as error:
-        raise VideoError(f"{path}: cannot be written: {_reason(error)}.") from error
+    except BROKEN as error:
+        raise VideoError(f"{path}: cannot be written: {reason_of(error)}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -192,106 +180,6 @@ def frame_hash(video: Tensor) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple]:
-    """The container and its first real video stream; whatever goes wrong inside becomes one VideoError."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise VideoError(f"{path}: is a folder, not a video file.")
-        if not path.exists():
-            raise VideoError(f"{path}: no such file.")
-        if path.stat().st_size == 0:
-            raise VideoError(f"{path}: the file is empty (0 bytes).")
-        # an absolute path, since FFmpeg takes "12:30.mp4" for a protocol
-        with av.open(os.path.abspath(path), options=_SAFE, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            if not streams:
-                raise VideoError(f"{path}: no video stream in this file.")
-            yield container, streams[0]
-    except VideoError:
-        raise
-    except _BROKEN as error:
-        raise VideoError(f"{path}: cannot be read as video: {_reason(error)}.") from error
-
-
-def _frames(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
-    """At least one whole frame; the decoder hands them over in order of presentation, not of storage."""
-    if stream.codec_context is None:
-        raise VideoError(f"{path}: no decoder for this video's codec.")
-    _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
-    stream.thread_type = "AUTO"
-    count, end = 0, None
-    for frame in container.decode(stream):
-        _check_pixels(path, frame.height, frame.width)
-        if frame.is_corrupt:
-            raise VideoError(f"{path}: frame {count} is damaged.")
-        count, end = count + 1, _end(frame) or end
-        yield frame
-    if count == 0:
-        raise VideoError(f"{path}: no frame can be decoded.")
-    _check_whole(path, container, stream, count, end)
-
-
-def _end(frame: av.VideoFrame) -> float | None:
-    """When the frame leaves the screen, in seconds; None without a timestamp."""
-    return None if frame.pts is None else float((frame.pts + (frame.duration or 0)) * frame.time_base)
-
-
-def _check_whole(path: str | Path, container, stream, count: int, end: float | None) -> None:
-    """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
-    promised = _promised(container, stream)
-    if promised and count < promised:
-        raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode (damaged or cut short).")
-    if container.format.name == "gif":
-        with open(path, "rb") as file:
-            if not file.read().rstrip(b"\0").endswith(b";"):
-                raise VideoError(f"{path}: the GIF has no end mark after {count} frames (damaged or cut short).")
-    if promised or end is None or len(container.streams) > 1 or not container.duration:
-        return
-    # no count to trust (AVI counts frames that are never shown), so the running time must do, less a rounded frame
-    seconds = container.duration / av.time_base
-    end -= (container.start_time or 0) / av.time_base
-    if seconds - end > 1.5 * seconds / count:
-        raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode (damaged or cut short).")
-
-
-def _picture(frame: av.VideoFrame) -> Tensor:
-    """RGB with the display matrix applied, rounded to quarter turns and mirrors."""
-    image = frame.to_ndarray(format="rgb24")                # [H, W, 3]
-    side = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
-    if side is None:
-        return torch.from_numpy(image)
-    matrix = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
-    (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()  # x' = a x + c y, y' = b x + d y
-    if abs(a) + abs(d) < abs(b) + abs(c):
-        image, a, d = image.swapaxes(0, 1), c, b
-    return torch.from_numpy(np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]))
-
-
-def _promised(container, stream) -> int | None:
-    """Frames that an mp4 shows, None for other containers: their counts include what no player shows."""
-    if not stream.frames or "mp4" not in container.format.name:
-        return None
-    # the index respects the edit list, the header's count does not
-    return sum(not entry.is_discard for entry in stream.index_entries) or None
-
-
-def _rate(stream) -> float:
-    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-    return float(rate) if rate else 25.0
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split()).rstrip(".")
-
-
-def _check_pixels(path: str | Path, height: int, width: int) -> None:
-    if height * width > FRAME_PIXELS:
-        raise VideoError(f"{path}: frames of {width}x{height} exceed the limit of {FRAME_PIXELS} pixels.")
-
-
 def _check_budget(path: str | Path, frames: int, image: Tensor) -> None:
     if frames * image.numel() > READ_BYTES:
         height, width, _ = image.shape
@@ -328,63 +216,12 @@ def _check_writable(path: Path, video: Tensor, fps: float, lossless: bool) -> No
         raise VideoError(f"{path}: the folder {path.parent} does not exist; make it first.")
 
 
-def _encode(temporary: str, suffix: str, video: Tensor, rate: Fraction, lossless: bool) -> None:
-    frames, height, width, _ = video.shape
-    chroma = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-    codec, pixels, options = {
-        ".mp4": ("libx264", chroma, {"crf": "18", "preset": "medium"}),
-        ".webm": ("libvpx-vp9", chroma, {"crf": "24", "b": "0", "cpu-used": "4", "row-mt": "0"}),
-        ".gif": ("gif", "pal8", {}),
-    }[suffix]
-    if lossless:
-        codec, pixels, options = "libx264rgb", "rgb24", {"qp": "0", "preset": "veryfast"}
-    muxer = {"movflags": "+faststart"} if suffix == ".mp4" else {}
-    with av.open(temporary, "w", format=suffix[1:], options=muxer) as container:
-        container.flags |= av.container.Flags.bitexact.value
-        # one thread: x264 and libvpx split work by thread count, and so would the bytes
-        stream = container.add_stream(codec, rate=rate, options={**options, "threads": "1"})
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact.value
-        if not lossless and suffix != ".gif":
-            # swscale converts by BT.601; untagged files would be guessed as BT.709 by players
-            stream.codec_context.colorspace = av.video.reformatter.Colorspace.ITU601
-        for frame in _palette(video, rate) if suffix == ".gif" else _video_frames(video, rate):
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def _video_frames(video: Tensor, rate: Fraction) -> Iterator[av.VideoFrame]:
-    for index, image in enumerate(video):
-        frame = av.VideoFrame.from_ndarray(image.contiguous().cpu().numpy(), format="rgb24")
-        frame.pts, frame.time_base = index, 1 / rate
-        yield frame
-
-
-def _palette(video: Tensor, rate: Fraction) -> Iterator[av.VideoFrame]:
-    """Frames in the best 256 colours for the whole clip; FFmpeg's own conversion would use a fixed, coarse palette."""
-    graph = av.filter.Graph()
-    height, width = video.shape[1:3]
-    source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate)
-    split, colours, use, sink = (graph.add(name) for name in ("split", "palettegen", "paletteuse", "buffersink"))
-    source.link_to(split)
-    split.link_to(colours, 0, 0)
-    split.link_to(use, 1, 0)
-    colours.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    for frame in _video_frames(video, rate):
-        source.push(frame)
-    source.push(None)
-    for _ in range(len(video)):
-        yield sink.pull()
-
-
 def _resize(video: Tensor, height: int, width: int) -> Tensor:
     frames, rows, columns, _ = video.shape
     if rows % height == 0 and columns % width == 0:
         y, x = rows // height, columns // width
         blocks = video.reshape(frames, height, y, width, x, 3).sum(dim=(2, 4), dtype=torch.int32)
         return ((blocks + y * x // 2) // (y * x)).to(torch.uint8)
-    pictures = video.permute(0, 3, 1, 2)                    # [T, 3, H, W], channels last: no copy
+    pictures = video.permute(0, 3, 1, 2)  # [T, 3, H, W], channels last: no copy
     resized = F.interpolate(pictures, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     return resized.permute(0, 2, 3, 1)

@@ -1,0 +1,127 @@
+"""Decoding with PyAV: safe opening, whole and upright frames in order of presentation, one VideoError for the rest."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvid.errors import VideoError
+
+FRAME_PIXELS = 1 << 25  # 8K UHD passes; a header that claims 30,000 x 30,000 must not reach the allocator
+
+# Only plain containers and local files: a playlist renamed to .mp4 must not open other files or the network
+_SAFE = {
+    "max_pixels": str(FRAME_PIXELS),
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,"
+    "m4v,ivf,yuv4mpegpipe,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,wav,mp3,aac,flac",
+}
+# what PyAV raises for a bad file; a bug of ours (TypeError, KeyError, ...) stays visible
+BROKEN = (av.error.FFmpegError, OSError, ValueError, RuntimeError, OverflowError, MemoryError)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple]:
+    """The container and its first real video stream; whatever goes wrong inside becomes one VideoError."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise VideoError(f"{path}: is a folder, not a video file.")
+        if not path.exists():
+            raise VideoError(f"{path}: no such file.")
+        if path.stat().st_size == 0:
+            raise VideoError(f"{path}: the file is empty (0 bytes).")
+        # an absolute path, since FFmpeg takes "12:30.mp4" for a protocol
+        with av.open(os.path.abspath(path), options=_SAFE, metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            if not streams:
+                raise VideoError(f"{path}: no video stream in this file.")
+            yield container, streams[0]
+    except VideoError:
+        raise
+    except BROKEN as error:
+        raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
+
+
+def frames_of(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
+    """At least one whole frame; the decoder hands them over in order of presentation, not of storage."""
+    if stream.codec_context is None:
+        raise VideoError(f"{path}: no decoder for this video's codec.")
+    _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
+    stream.thread_type = "AUTO"
+    count, end = 0, None
+    for frame in container.decode(stream):
+        _check_pixels(path, frame.height, frame.width)
+        if frame.is_corrupt:
+            raise VideoError(f"{path}: frame {count} is damaged.")
+        count, end = count + 1, _end(frame) or end
+        yield frame
+    if count == 0:
+        raise VideoError(f"{path}: no frame can be decoded.")
+    _check_whole(path, container, stream, count, end)
+
+
+def picture(frame: av.VideoFrame) -> Tensor:
+    """RGB with the display matrix applied, rounded to quarter turns and mirrors."""
+    image = frame.to_ndarray(format="rgb24")  # [H, W, 3]
+    side = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    if side is None:
+        return torch.from_numpy(image)
+    matrix = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
+    (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()  # x' = a x + c y, y' = b x + d y
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return torch.from_numpy(np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]))
+
+
+def promised_frames(container, stream) -> int | None:
+    """Frames that an mp4 shows, None for other containers: their counts include what no player shows."""
+    if not stream.frames or "mp4" not in container.format.name:
+        return None
+    # the index respects the edit list, the header's count does not
+    return sum(not entry.is_discard for entry in stream.index_entries) or None
+
+
+def rate_of(stream) -> float:
+    """Average frames a second; 25 for a stream that says nothing, such as a still image."""
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    return float(rate) if rate else 25.0
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line without a full stop."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).rstrip(".")
+
+
+def _end(frame: av.VideoFrame) -> float | None:
+    """When the frame leaves the screen, in seconds; None without a timestamp."""
+    return None if frame.pts is None else float((frame.pts + (frame.duration or 0)) * frame.time_base)
+
+
+def _check_whole(path: str | Path, container, stream, count: int, end: float | None) -> None:
+    """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
+    promised = promised_frames(container, stream)
+    if promised and count < promised:
+        raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode (damaged or cut short).")
+    if container.format.name == "gif":
+        with open(path, "rb") as file:
+            if not file.read().rstrip(b"\0").endswith(b";"):
+                raise VideoError(f"{path}: the GIF has no end mark after {count} frames (damaged or cut short).")
+    if end is None or len(container.streams) > 1 or not container.duration:
+        return
+    # elsewhere no count can be trusted (AVI's has frames that are never shown): the running time, less a rounded frame
+    seconds = container.duration / av.time_base
+    end -= (container.start_time or 0) / av.time_base
+    if seconds - end > min(1.5 * seconds / count, seconds / 4):
+        raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode (damaged or cut short).")
+
+
+def _check_pixels(path: str | Path, height: int, width: int) -> None:
+    if height * width > FRAME_PIXELS:
+        raise VideoError(f"{path}: frames of {width}x{height} exceed the limit of {FRAME_PIXELS} pixels.")
