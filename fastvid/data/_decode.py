@@ -48,12 +48,12 @@ def opened(path: str | Path) -> Iterator[tuple]:
         raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
 
 
-def frames_of(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
-    """At least one whole frame; the decoder hands them over in order of presentation, not of storage."""
+def frames_of(path: str | Path, container, stream, threads: int = 0) -> Iterator[av.VideoFrame]:
+    """At least one whole frame, in order of presentation, not of storage; 0 threads means one a core."""
     if stream.codec_context is None:
         raise VideoError(f"{path}: no decoder for this video's codec.")
     _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
-    stream.thread_type = "AUTO"
+    stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
     count, end = 0, None
     for frame in container.decode(stream):
         _check_pixels(path, frame.height, frame.width)
@@ -64,6 +64,11 @@ def frames_of(path: str | Path, container, stream) -> Iterator[av.VideoFrame]:
     if count == 0:
         raise VideoError(f"{path}: no frame can be decoded.")
     _check_whole(path, container, stream, count, end)
+
+
+def first_picture(path: str | Path, container, stream) -> Tensor:
+    """The first frame as `picture` gives it; one thread, since each more would decode a frame for nothing."""
+    return picture(next(frames_of(path, container, stream, threads=1)))
 
 
 def picture(frame: av.VideoFrame) -> Tensor:

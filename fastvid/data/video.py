@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.data._decode import BROKEN, frames_of, opened, picture, promised_frames, rate_of, reason_of
+from fastvid.data._decode import BROKEN, first_picture, frames_of, opened, picture, promised_frames, rate_of, reason_of
 from fastvid.data._encode import encode
 from fastvid.errors import VideoError
 
@@ -44,7 +44,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     Raises:  VideoError if the file is missing, no video, or has no frame.
     """
     with opened(path) as (container, stream):
-        height, width, _ = picture(next(frames_of(path, container, stream))).shape
+        height, width, _ = first_picture(path, container, stream).shape
         return VideoInfo(Path(path), promised_frames(container, stream), height, width, rate_of(stream))
 
 
@@ -110,7 +110,7 @@ def read_image(path: str | Path) -> Tensor:
     Raises:  VideoError if the file is missing or no image.
     """
     with opened(path) as (container, stream):
-        return picture(next(frames_of(path, container, stream)))
+        return first_picture(path, container, stream)
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool = False) -> None:

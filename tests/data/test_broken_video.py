@@ -115,7 +115,8 @@ def test_a_file_cut_short_is_an_error(tmp_path, name, share):
 def test_huge_frames_are_refused_before_decoding(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", moving(2, 32, 40))
     monkeypatch.setattr(_decode, "FRAME_PIXELS", 32 * 40 - 1)
-    monkeypatch.setattr(module, "picture", lambda frame: pytest.fail("a frame was decoded"))
+    for place in (_decode, module):
+        monkeypatch.setattr(place, "picture", lambda frame: pytest.fail("a frame was decoded"))
     for read in (read_video, probe_video, count_frames):
         with pytest.raises(VideoError, match="frames of 40x32 exceed the limit of 1279 pixels"):
             read(tmp_path / "a.mp4")
