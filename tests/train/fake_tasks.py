@@ -27,15 +27,16 @@ class Windows:
 
 
 class Net(nn.Module):
-    """Dropout, weights and a buffer that moves in the forward pass, as a codebook does."""
+    """Dropout, weights and a buffer that moves in the forward pass, as a codebook does; none of the two if lean."""
 
-    def __init__(self):
+    def __init__(self, lean: bool = False):
         super().__init__()
-        self.first, self.drop, self.last = nn.Linear(6, 16), nn.Dropout(0.3), nn.Linear(16, 3)
+        self.lean = lean
+        self.first, self.drop, self.last = nn.Linear(6, 16), nn.Dropout(0.0 if lean else 0.3), nn.Linear(16, 3)
         self.register_buffer("mean", torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not self.lean:
             with torch.no_grad():
                 self.mean.lerp_(x.mean(0), 0.1)
         return self.last(self.drop(torch.tanh(self.first(x - self.mean))))
@@ -44,9 +45,9 @@ class Net(nn.Module):
 class NetTask:
     """Regression on draws of (step, rank). `poison` maps a step to what is made NaN in it."""
 
-    def __init__(self, seed: int = 0, batch_size: int = 8, poison: dict[int, str] | None = None):
+    def __init__(self, seed: int = 0, batch_size: int = 8, poison: dict[int, str] | None = None, lean: bool = False):
         torch.manual_seed(seed)
-        self.model, self.batch_size, self.poison, self.config = Net(), batch_size, poison or {}, {"kind": "net"}
+        self.model, self.batch_size, self.poison, self.config = Net(lean), batch_size, poison or {}, {"kind": "net"}
         self.fingerprint = {"data": "noise"}
         self.sheets = 0
 

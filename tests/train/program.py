@@ -1,0 +1,109 @@
+"""One small training in a process of its own, so that tests can kill it, interrupt it or run two of it together."""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from fake_tasks import NetTask, Windows
+
+from fastvid import models
+from fastvid.checkpoint import has_folder
+from fastvid.train import TrainOptions, VQVAETask, train
+from fastvid.train.ranks import process_group
+
+OPTIONS = TrainOptions(
+    steps=40, batch_size=4, learning_rate=3e-3, warmup=5, decay="none", checkpoint_every=5, sample_every=0, log_every=1
+)
+
+
+def make_task(kind: str):
+    """The task of a run: "vqvae" (tiny, with codebooks that start, move and restart), "net", or "lean" (no buffer)."""
+    if kind != "vqvae":
+        return NetTask(batch_size=4, lean=kind == "lean")
+    torch.manual_seed(0)
+    config = replace(models.preset("vqvae", "tiny"), dead_below=0.05)
+    model = models.build("vqvae", asdict(config)).to(memory_format=torch.channels_last_3d)
+    return VQVAETask(model, Windows(), OPTIONS.batch_size, {"clips": "noise"})
+
+
+def dies_at(task, step: int, delay: float):
+    """The task, in a process that is killed `delay` seconds after step `step` begins, wherever it then is."""
+    loss = task.loss
+
+    def kill():
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrapped(now: int, *rest):
+        if now == step:
+            threading.Thread(target=kill, daemon=True).start()
+        return loss(now, *rest)
+
+    task.loss = wrapped
+    return task
+
+
+def watched(task, out: Path, rank: int):
+    """The task, noting the hash of all buffers before each step in out/../rank<r>.txt."""
+    loss, notes = task.loss, out.parent / f"rank{rank}.txt"
+
+    def wrapped(*args):
+        digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in task.model.buffers())).hexdigest()
+        with open(notes, "a") as file:
+            file.write(f"{digest}\n")
+        return loss(*args)
+
+    task.loss = wrapped
+    return task
+
+
+def killed_run(out: Path, kind: str, steps: int, kills: int, seed: int) -> int:
+    """Train with `kills` kills at random steps and moments, going on after each; returns the kills."""
+    dice, hits = random.Random(seed), 0
+    victims = sorted(dice.sample(range(steps - 5), kills))
+    for step in [*victims, None]:
+        child = os.fork()
+        if child == 0:
+            task = make_task(kind)
+            if step is not None:
+                task = dies_at(task, step, dice.random() * 0.05)
+            train(task, replace(OPTIONS, steps=steps), out, resume=has_folder(out / "checkpoint"))
+            if step is not None:
+                signal.pause()  # the run was over sooner: the kill is still to come
+            os._exit(0)
+        dice.random()  # so that the parent's dice move on as the child's did
+        status = os.waitpid(child, 0)[1]
+        hits += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+            raise SystemExit(f"a continued run failed with {os.WEXITSTATUS(status)}")
+    return hits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--task", default="net")
+    parser.add_argument("--steps", type=int, default=OPTIONS.steps)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.kills:
+        print(json.dumps({"hits": killed_run(args.out, args.task, args.steps, args.kills, args.seed)}))
+        return
+    with process_group() as ranks:
+        task = watched(make_task(args.task), args.out, ranks.rank) if ranks.world > 1 else make_task(args.task)
+        train(task, replace(OPTIONS, steps=args.steps), args.out, args.resume)
+
+
+if __name__ == "__main__":
+    main()
