@@ -2,6 +2,6 @@
 
 from fastvid.ops.conv import causal_conv, gate
 from fastvid.ops.sample import draw, gumbel_row
-from fastvid.ops.vq import nearest_codebook, nearest_codebook_ema_
+from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
 
-__all__ = ["causal_conv", "draw", "gate", "gumbel_row", "nearest_codebook", "nearest_codebook_ema_"]
+__all__ = ["Nearest", "causal_conv", "draw", "gate", "gumbel_row", "nearest_codebook", "nearest_codebook_ema_"]

@@ -32,7 +32,7 @@ def nearest_codebook(x: Tensor, codebook: Tensor) -> Nearest:
     """Nearest code of each row, with the per-code counts and sums. [N, D], [K, D] -> Nearest."""
     indices = nearest_indices(x, codebook)
     quantized = codebook[indices]
-    counts = torch.bincount(indices, minlength=codebook.shape[0])
+    counts = indices.new_zeros(codebook.shape[0]).scatter_add_(0, indices, torch.ones_like(indices))
     sums = torch.zeros_like(codebook).index_add_(0, indices, x)
     return Nearest(indices, quantized, (x - quantized).square().sum(dim=1), counts, sums)
 
