@@ -111,20 +111,40 @@ def _end(frame: av.VideoFrame) -> float | None:
 
 def _check_whole(path: str | Path, container, stream, count: int, end: float | None) -> None:
     """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
-    promised = promised_frames(container, stream)
+    remedy = f"(damaged or cut short; frames={count} reads what there is)"
+    gif = container.format.name == "gif"
+    promised = _gif_images(Path(path).read_bytes()) if gif else promised_frames(container, stream)
     if promised and count < promised:
-        raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode (damaged or cut short).")
-    if container.format.name == "gif":
-        with open(path, "rb") as file:
-            if not file.read().rstrip(b"\0").endswith(b";"):
-                raise VideoError(f"{path}: the GIF has no end mark after {count} frames (damaged or cut short).")
-    if end is None or len(container.streams) > 1 or not container.duration:
+        raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode {remedy}.")
+    if gif and promised is None:
+        raise VideoError(f"{path}: the GIF breaks off or is garbled after {count} frames {remedy}.")
+    if gif or end is None or len(container.streams) > 1 or not container.duration:
         return
     # elsewhere no count can be trusted (AVI's has frames that are never shown): the running time, less a rounded frame
     seconds = container.duration / av.time_base
     end -= (container.start_time or 0) / av.time_base
     if seconds - end > min(1.5 * seconds / count, seconds / 4):
-        raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode (damaged or cut short).")
+        raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode {remedy}.")
+
+
+def _gif_images(data: bytes) -> int | None:
+    """Images in a GIF, by walking its blocks to the end mark; None if they are garbled or it is missing."""
+    images, at = 0, 13
+    try:
+        at += 3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0  # global palette
+        while data[at] != 0x3B:
+            if data[at] == 0x2C:
+                images += 1
+                at += 9 + (3 << (data[at + 9] & 7) + 1 if data[at + 9] & 0x80 else 0)  # local palette
+            elif data[at] != 0x21:
+                return None
+            at += 2
+            while data[at]:  # sub-blocks, each with its length in front
+                at += 1 + data[at]
+            at += 1
+    except IndexError:
+        return None
+    return images
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:

@@ -112,6 +112,19 @@ def test_a_file_cut_short_is_an_error(tmp_path, name, share):
         read_video(tmp_path / name)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif"])
+def test_a_file_with_a_hole_is_never_a_short_clip(tmp_path, name, share):
+    write_video(tmp_path / name, moving(40, 32, 32))
+    whole = (tmp_path / name).read_bytes()
+    hole = int(len(whole) * share)
+    (tmp_path / name).write_bytes(whole[:hole] + whole[hole + 40 :])
+    try:
+        assert len(read_video(tmp_path / name)[0]) == 40
+    except VideoError as error:
+        assert "\n" not in str(error) and name in str(error)
+
+
 def test_huge_frames_are_refused_before_decoding(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", moving(2, 32, 40))
     monkeypatch.setattr(_decode, "FRAME_PIXELS", 32 * 40 - 1)
