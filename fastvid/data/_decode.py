@@ -128,7 +128,8 @@ def _check_whole(path: str | Path, container, stream, count: int, end: float | N
 
 
 def _gif_images(data: bytes) -> int | None:
-    """Images in a GIF, by walking its blocks to the end mark; None if they are garbled or it is missing."""
+    """Images in a GIF, by walking its blocks to the end mark; None if they are garbled or it is not at the end."""
+    data = data.rstrip(b"\0\r\n ")  # padding that some programs leave
     images, at = 0, 13
     try:
         at += 3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0  # global palette
@@ -144,7 +145,7 @@ def _gif_images(data: bytes) -> int | None:
             at += 1
     except IndexError:
         return None
-    return images
+    return images if at == len(data) - 1 else None
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:
