@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos
+from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos, natural_key
 from fastvid.errors import DataError, VideoError
+
+__all__ = ["GENERATORS", "ClipWindows", "Clips", "natural_key", "open_clips"]
 
 NOMINAL_FRAMES = 30
 CACHE_BYTES = 4 << 30

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvid.data import ClipWindows, open_clips
-from fastvid.data._layouts import natural_key
+from fastvid.data.clips import natural_key
 from fastvid.data.sheet import write_png
 from fastvid.data.video import fit_frames, write_video
 from fastvid.errors import DataError, VideoError
