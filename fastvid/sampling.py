@@ -158,7 +158,7 @@ class _Affine:
 
 
 class _ConvPlan:
-    """One causal convolution over a cached plane, split into the taps of earlier frames and those of the present one."""
+    """One causal convolution over a cached plane: the taps of earlier frames apart from those of the present one."""
 
     def __init__(self, conv: CausalConv, plane: Tensor, grid: _Grid):
         self.grid, self.plane, self.bias = grid, plane, conv.bias

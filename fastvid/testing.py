@@ -1,4 +1,4 @@
-"""How a fast result is judged: by the error that plain torch makes in the same dtype, never by a tolerance of its own."""
+"""How a fast result is judged: by the error of plain torch in the same dtype, never by a tolerance of its own."""
 
 import torch
 from torch import Tensor

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+with torch.device("meta"):
+    torch.empty(0)  # torch remembers its constructors at the first use of a device context: before they are wrapped
+
 SEED = 20240131
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -1,7 +1,7 @@
 """The dinosaur game of Chromium, recorded from the game itself: real, stochastic, and repeatable to the bit.
 
-chrome://dino runs headless with its clock, its random numbers and its animation frames replaced (dino.js), so that a clip
-depends on its seed alone. A rule plays: it jumps when the next obstacle is a random number of frames away.
+chrome://dino runs headless with its clock, its random numbers and its animation frames replaced (dino.js), so that a
+clip depends on its seed alone. A rule plays: it jumps when the next obstacle is a random number of frames away.
 """
 
 import base64
@@ -27,9 +27,9 @@ GAME_FRAMES = 2  # of the game's 60 a second, per recorded frame
 VIEW_LEFT, VIEW = 32, 192  # CSS pixels: a square of the page around the canvas, the dinosaur at its left
 CALL_SECONDS = 60.0
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--mute-audio", "--force-device-scale-factor=1",
-    "--window-size=1000,500", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio",
+    "--force-device-scale-factor=1", "--window-size=1000,500", "--remote-debugging-pipe",
 )
 
 
@@ -68,7 +68,7 @@ class DinoRecorder:
         if self._browser is None:
             raise DataError("DinoRecorder is not open; use it in a with statement.")
         if frames < 1 or seed < 0:
-            raise DataError(f"DinoRecorder: frames must be at least 1 and the seed at least 0, got {frames} and {seed}.")
+            raise DataError(f"DinoRecorder: wanted at least 1 frame and a seed from 0 up, got {frames} and {seed}.")
         options = {"frames": frames, "every": GAME_FRAMES, "x": VIEW_LEFT, "width": VIEW}
         text = self._browser.evaluate(f"recordDino({seed}, {json.dumps(options)})")
         if not text:
@@ -171,4 +171,4 @@ def _find_chromium() -> str:
             return found
     if named:
         raise DataError(f"FASTVID_CHROMIUM names {named!r}, which cannot be run; correct or unset it.")
-    raise DataError("the dinosaur game needs Chromium, which was not found: apt-get install chromium, or FASTVID_CHROMIUM.")
+    raise DataError("the dinosaur game needs Chromium, which was not found; apt-get install chromium.")

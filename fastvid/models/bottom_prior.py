@@ -42,7 +42,8 @@ class BottomPrior(nn.Module):
         """Teacher-forced logits of one slice per clip.
 
         codes:       [B, 2H, 2W] int64, the slice itself. slice_index: [B] int64, its n in [0, 2 steps).
-        top:         [B, steps, H, W] int64. window: [B, window, 2H, 2W] int64, slices n - window .. n - 1, -1 if absent.
+        top:         [B, steps, H, W] int64.
+        window:      [B, window, 2H, 2W] int64, slices n - window .. n - 1, -1 where there is none.
         Returns:     [B, 2H, 2W, K].
         Raises:      ValueError if the grids disagree.
         """
@@ -55,7 +56,7 @@ class BottomPrior(nn.Module):
 
 
 class BottomConditioning(nn.Module):
-    """The slice's share of the upsampled top codes beside the folded window of earlier slices, mixed by residual blocks."""
+    """The slice's share of the upsampled top codes beside the folded window of earlier slices, then residual blocks."""
 
     def __init__(self, config: BottomPriorConfig):
         super().__init__()

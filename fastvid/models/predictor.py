@@ -121,7 +121,7 @@ class VideoPredictor(nn.Module):
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder. `dtype` float16 halves it: the parameters are rounded, the codebooks are not."""
         buffers = dict(self.named_buffers())
-        tensors = {k: t if k in buffers or not t.is_floating_point() else t.to(dtype) for k, t in self.state_dict().items()}
+        tensors = {name: t if name in buffers else t.to(dtype) for name, t in self.state_dict().items()}
         config = {"kind": "predictor", "size": list(self.size)}
         config |= {part: asdict(getattr(self, part).config) for part in ("vqvae", "top", "bottom")}
         save_folder(Path(path), tensors, config)

@@ -15,7 +15,7 @@ def gumbel_row(seed: int, samples: Tensor, stream: int, t: int, y: int, width: i
     Source:  Salmon et al. 2011 (Philox4x32-10), doi:10.1145/2063384.2063405.
     """
     if not (0 <= stream < 1 << 15 and 0 <= y < 1 << 15 and 0 <= t < 1 << 32):
-        raise ValueError(f"gumbel_row: `stream` and `y` must lie in [0, 2^15) and `t` in [0, 2^32), got {stream, y, t}.")
+        raise ValueError(f"gumbel_row: `stream`, `y` must lie in [0, 2^15), `t` in [0, 2^32), got {stream, y, t}.")
     if not (0 < width <= 1 << 15 and 0 < classes <= 1 << 18):
         raise ValueError(f"gumbel_row: at most 2^15 columns and 2^18 classes, got {width} and {classes}.")
     return reference.gumbel_row(seed, samples, stream, t, y, width, classes)

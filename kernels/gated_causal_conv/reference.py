@@ -1,4 +1,4 @@
-"""Masked causal convolution over live taps, and the gate: the definition, in plain torch. See README.md beside this file."""
+"""Masked causal convolution over live taps, and the gate: the definition, in plain torch. See README.md."""
 
 import torch
 import torch.nn.functional as F

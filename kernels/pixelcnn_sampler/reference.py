@@ -35,7 +35,7 @@ def gumbel_row(seed: int, samples: Tensor, stream: int, t: int, y: int, width: i
         samples.view(-1, 1, 1),
     )
     words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _MASK, seed >> 32 & _MASK))), dim=-1)
-    # 24 bits and a half keep u inside (0, 1) exactly; float64 logs make the float32 noise the same on every machine
+    # 24 bits and a half keep u inside (0, 1); float64 logs round to the same float32 noise in any math library
     uniform = ((words >> 8).double() + 0.5) * 2.0**-24  # [B, W, V / 4, 4]
     return -torch.log(-torch.log(uniform)).flatten(-2)[..., :classes].float()
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvid.kernels.gated_causal_conv import cases
 
 from fastvid import ops
-from fastvid.kernels.gated_causal_conv import cases
 from fastvid.testing import assert_within_yardstick
 
 

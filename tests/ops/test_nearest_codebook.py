@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fastvid.kernels.nearest_codebook import cases
 
 from fastvid import ops
-from fastvid.kernels.nearest_codebook import cases
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)

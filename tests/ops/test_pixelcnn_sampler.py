@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from fastvid.kernels.pixelcnn_sampler import cases, reference
 
 from fastvid import ops
-from fastvid.kernels.pixelcnn_sampler import reference
 
 # known answers of Philox4x32-10 (Random123's kat_vectors): counter, key, output
 VECTORS = [
@@ -28,6 +28,13 @@ def test_noise_is_gumbel():
     assert abs(noise.mean() - 0.5772156649) < 0.02 and abs(noise.std() - math.pi / math.sqrt(6)) < 0.02
 
 
+@pytest.mark.parametrize("case", cases.ALL, ids=str)
+def test_shapes(case, device):
+    noise = ops.gumbel_row(0, case.make(device), 1, 2, 3, case.W, case.V)
+    assert noise.shape == (case.B, case.W, case.V) and noise.dtype == torch.float32
+    assert noise.unique().numel() > 0.99 * noise.numel()
+
+
 def test_noise_depends_on_every_word_and_not_on_the_batch():
     def row(seed=1, samples=(5,), stream=0, t=2, y=3):
         return ops.gumbel_row(seed, torch.tensor(samples), stream, t, y, 4, 10)
@@ -42,7 +49,8 @@ def test_noise_depends_on_every_word_and_not_on_the_batch():
 def test_draws_follow_the_distribution():
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     noise = ops.gumbel_row(0, torch.arange(500), 0, 0, 0, 64, 4)  # 32,000 draws
-    frequency = ops.draw(probability.log().expand_as(noise), noise).flatten().bincount(minlength=4) / noise[..., 0].numel()
+    drawn = ops.draw(probability.log().expand_as(noise), noise)
+    frequency = drawn.flatten().bincount(minlength=4) / drawn.numel()
     assert (frequency - probability).abs().max() < 0.012  # over four standard errors
     cold = ops.draw(probability.log().expand_as(noise), noise, temperature=0.01)
     assert (cold == 3).double().mean() > 0.99
