@@ -5,6 +5,7 @@ clip depends on its seed alone. A rule plays: it jumps when the next obstacle is
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvid.data.seeds import SPLITS, check_request, split_of
 from fastvid.errors import DataError
 
+__all__ = ["SPLITS", "VERSION", "DinoRecorder"]
+
 VERSION = 1
-SPLITS = {"train": range(0, 1_000_000), "val": range(1_000_000, 2_000_000), "test": range(2_000_000, 3_000_000)}
 FPS = 30.0
 GAME_FRAMES = 2  # of the game's 60 a second, per recorded frame
 VIEW_LEFT, VIEW = 32, 192  # CSS pixels: a square of the page around the canvas, the dinosaur at its left
@@ -61,14 +64,14 @@ class DinoRecorder:
     def clip(self, seed: int, frames: int = 64) -> Tensor:
         """The clip of a seed: the same bytes in any browser process and after any other clips.
 
-        seed:    non-negative. frames: at least 1, 30 to the second.
+        seed:    in one of SPLITS. frames: at least 1, 30 to the second.
         Returns: [T, H, W, 3] uint8, grey.
         Raises:  DataError if the recorder is not open, an argument is out of range, or the browser fails.
         """
         if self._browser is None:
             raise DataError("DinoRecorder is not open; use it in a with statement.")
-        if frames < 1 or seed < 0:
-            raise DataError(f"DinoRecorder: wanted at least 1 frame and a seed from 0 up, got {frames} and {seed}.")
+        check_request("dino", frames, self.size)
+        split_of("dino", seed)
         options = {"frames": frames, "every": GAME_FRAMES, "x": VIEW_LEFT, "width": VIEW}
         text = self._browser.evaluate(f"recordDino({seed}, {json.dumps(options)})")
         if not text:
@@ -88,17 +91,17 @@ class _Browser:
 
     def __init__(self, binary: str):
         self.profile = tempfile.mkdtemp(prefix="fastvid-dino-")
-        theirs_in, self.to = os.pipe()
-        self.answers, theirs_out = os.pipe()
-        # a shell moves the two ends to the descriptors that Chromium expects
-        command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        commands, self.to = os.pipe()
+        self.answers, replies = os.pipe()
+        # out of the way first: either may by chance have the number that the other must get
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands, replies)]
         self.process = subprocess.Popen(
-            ["sh", "-c", command, binary, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"],
-            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
+            [binary, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"], pass_fds=(3, 4),
+            preexec_fn=lambda: (os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (commands, replies, *theirs):
+            os.close(end)
         self.session, self.last, self.buffer = None, 0, b""
 
     def open(self, url: str, script: str) -> None:

@@ -92,23 +92,23 @@ class VideoPredictor(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pass over `steps` latent steps. given [R, 3, 4, H, W] -> video [R, 3, T, H, W], top and bottom codes."""
         steps = self.top.config.steps
-        with clock("encode", 0):
+        with clock("encode", len(identities), 0):
             given_top, given_bottom = _each(self.vqvae.encode, given)
         grid_top, grid_bottom = given_top[0, 0].numel(), given_bottom[0, 0].numel()
-        with clock("top", len(identities) * steps * grid_top) as advance:
+        with clock("top", len(identities), steps * grid_top) as advance:
             (condition,) = _each(lambda *codes: (self.top.condition(*codes),), given_top, given_bottom)
             noise = Noise(seed, identities, TOP_STREAM, stretch * steps)
             future = sample(self.top.stack, condition, noise, temperature, advance)
             top = torch.cat([given_top, future], dim=1)  # [R, steps + 1, H, W]
         slices = range(SLICES_PER_STEP, SLICES_PER_STEP * (steps + 1))
-        with clock("bottom", len(identities) * len(slices) * grid_bottom) as advance:
+        with clock("bottom", len(identities), len(slices) * grid_bottom) as advance:
             bottom = top.new_full((len(identities), slices.stop, *given_bottom.shape[2:]), ABSENT)
             bottom[:, :SLICES_PER_STEP] = given_bottom
             for i in slices:
                 first = stretch * len(slices) + i
                 noise = Noise(seed, identities, BOTTOM_STREAM, first)
                 bottom[:, i] = self._slice(i, top, bottom, noise, temperature, advance)
-        with clock("decode", 0):
+        with clock("decode", len(identities), 0):
             (video,) = _each(lambda *codes: (self.vqvae.decode(*codes),), top, bottom)
         return video, top, bottom
 
@@ -159,6 +159,31 @@ def load(name: str | Path) -> VideoPredictor:
     return model.eval()
 
 
+def assemble(
+    vqvae: str | Path, top: str | Path, bottom: str | Path, size: tuple[int, int] = (64, 64)
+) -> VideoPredictor:
+    """A predictor from three trained parts, each a run folder of `fastvid train` or its model folder.
+
+    size:   (H, W) of the frames that they were trained on, in pixels.
+    Raises: CheckpointError for a folder that is damaged or of another kind, UsageError if the parts' codes differ.
+    """
+    parts = [_load_part(kind, Path(path)) for kind, path in (("vqvae", vqvae), ("top", top), ("bottom", bottom))]
+    codes = [parts[0].config.codes, parts[1].config.stack.codes, parts[2].config.stack.codes]
+    if len(set(codes)) > 1:
+        raise UsageError(f"assemble: the three parts must have the same number of codes, got {codes}.")
+    return VideoPredictor(*parts, size=size)
+
+
+def _load_part(kind: str, path: Path) -> nn.Module:
+    folder = path / "model" if (path / "model").is_dir() else path
+    tensors, config = load_folder(folder)
+    if config.get("kind") != kind:
+        raise CheckpointError(f"{folder}: wanted a {kind}, got kind {config.get('kind')!r}; give its run folder.")
+    model = build(kind, {name: value for name, value in config.items() if name != "kind"})
+    model.load_state_dict(tensors)
+    return model
+
+
 def _each(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
     """Run a dense network one batch row at a time: its rounding may depend on the batch, ours must not."""
     rows = [function(*(x[i : i + 1] for x in inputs)) for i in range(inputs[0].shape[0])]
@@ -181,8 +206,8 @@ class _Clock:
     def __init__(self, result: Prediction, report: Report | None):
         self.result, self.report = result, report
 
-    def __call__(self, stage: str, codes: int) -> "_Clock":
-        self.stage, self.codes, self.done = stage, codes, 0
+    def __call__(self, stage: str, rows: int, codes: int) -> "_Clock":
+        self.stage, self.rows, self.total, self.done = stage, rows, rows * codes, 0
         return self
 
     def __enter__(self) -> Callable[[int], None]:
@@ -192,9 +217,9 @@ class _Clock:
     def __exit__(self, *_) -> None:
         spent = time.perf_counter() - self.start
         self.result.seconds[self.stage] = self.result.seconds.get(self.stage, 0.0) + spent
-        self.result.codes[self.stage] = self.result.codes.get(self.stage, 0) + self.codes
+        self.result.codes[self.stage] = self.result.codes.get(self.stage, 0) + self.total
 
     def advance(self, codes: int) -> None:
-        self.done += codes
+        self.done += self.rows * codes
         if self.report:
-            self.report(self.stage, self.done, self.codes)
+            self.report(self.stage, self.done, self.total)

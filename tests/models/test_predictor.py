@@ -1,0 +1,110 @@
+"""The whole chain on a tiny model with random weights: shapes, independence of the batch, folders, refusals."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import fastvid
+from fastvid import models
+from fastvid.checkpoint import save_folder
+from fastvid.errors import CheckpointError, UsageError
+from fastvid.models import VideoPredictor
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    torch.manual_seed(5)
+    parts = [models.build(kind, asdict(models.preset(kind, "tiny"))) for kind in ("vqvae", "top", "bottom")]
+    return VideoPredictor(*parts, size=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_shapes_and_codes(predictor, frames):
+    told = []
+    result = predictor.predict_codes(frames, n=12, samples=2, progress=lambda *report: told.append(report))
+    assert result.frames.shape == (2, 2, 12, 3, 32, 32)
+    assert result.frames.min() >= 0 and result.frames.max() <= 1
+    (top,), (bottom,) = result.top, result.bottom
+    assert top.shape == (2, 2, 4, 4, 4) and bottom.shape == (2, 2, 8, 8, 8)
+    assert bottom.min() >= 0  # every slice was drawn
+    assert result.codes == {"encode": 0, "top": 4 * 48, "bottom": 4 * 384, "decode": 0}
+    assert set(result.seconds) == set(result.codes) and told[-1][1:] == (4 * 384, 4 * 384)
+    # the given codes are those of the four frames encoded alone
+    given_top, given_bottom = predictor.vqvae.encode(frames.transpose(1, 2))
+    assert torch.equal(top[:, 0, :1], given_top) and torch.equal(bottom[:, 1, :2], given_bottom)
+
+
+def test_frames_are_the_decoded_codes(predictor, frames):
+    result = predictor.predict_codes(frames, samples=1)
+    decoded = predictor.vqvae.decode(result.top[0][:, 0], result.bottom[0][:, 0])  # [B, 3, T, H, W]
+    torch.testing.assert_close(result.frames[:, 0], decoded[:, :, 4:].transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_its_company(predictor, frames):
+    together = predictor.predict(frames, n=12, samples=3, seed=4)
+    alone = predictor.predict(frames[1:], n=12, samples=1, seed=4)
+    assert torch.equal(together[1:, :1], alone)
+    assert not torch.equal(together[:, 0], together[:, 1])
+    assert not torch.equal(predictor.predict(frames[1:], seed=5), alone)
+
+
+def test_it_slides_on_over_its_own_output(predictor, frames):
+    long = predictor.predict(frames[:1], n=30, seed=2)
+    assert long.shape == (1, 1, 30, 3, 32, 32)
+    assert torch.equal(long[:, :, :12], predictor.predict(frames[:1], n=12, seed=2))
+    assert torch.equal(long[:, :, :7], predictor.predict(frames[:1], n=7, seed=2))
+    again = predictor.predict(long[:, 0, 8:12], n=12, seed=2)
+    assert not torch.equal(again, long[:, :, 12:24])  # a later stretch draws noise of its own
+
+
+def test_folder_round_trip(predictor, frames, tmp_path):
+    predictor.save(tmp_path / "whole")
+    loaded = fastvid.load(tmp_path / "whole")
+    assert loaded.size == (32, 32)
+    assert torch.equal(loaded.predict(frames), predictor.predict(frames))
+    predictor.save(tmp_path / "half", torch.float16)
+    halved = fastvid.load(tmp_path / "half")
+    assert all(p.dtype == torch.float32 for p in halved.parameters())
+    assert torch.equal(halved.vqvae.quantize_top.codebook, predictor.vqvae.quantize_top.codebook)
+    small, large = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole"))
+    assert small < 0.6 * large
+
+
+def test_assemble(predictor, frames, tmp_path):
+    for kind in ("vqvae", "top", "bottom"):
+        part = getattr(predictor, kind)
+        # a run folder holds its model folder inside
+        save_folder(tmp_path / kind / "model", part.state_dict(), {"kind": kind, **asdict(part.config)})
+    paths = [tmp_path / kind for kind in ("vqvae", "top", "bottom")]
+    assembled = models.assemble(*paths, size=(32, 32))
+    assert torch.equal(assembled.predict(frames), predictor.predict(frames))
+    with pytest.raises(CheckpointError, match="wanted a top"):
+        models.assemble(paths[0], paths[2], paths[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n": 0}, "at least 1"),
+        ({"samples": -1}, "at least 1"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"frames": torch.zeros(1, 3, 3, 32, 32)}, r"\[B, 4, 3, H, W\]"),
+        ({"frames": torch.zeros(1, 4, 3, 30, 32)}, "divisible by 8"),
+    ],
+)
+def test_refusals(predictor, frames, change, message):
+    with pytest.raises(UsageError, match=message):
+        predictor.predict(**{"frames": frames, **change})
+
+
+def test_unknown_model_and_wrong_kind(tmp_path):
+    with pytest.raises(UsageError, match="unknown model 'nosuch'"):
+        fastvid.load("nosuch")
+    save_folder(tmp_path / "part", {"x": torch.zeros(1)}, {"kind": "top"})
+    with pytest.raises(CheckpointError, match="wanted a predictor"):
+        fastvid.load(tmp_path / "part")
