@@ -35,16 +35,17 @@ def make_task(kind: str):
 
 
 def dies_at(task, step: int, delay: float):
-    """The task, in a process that is killed `delay` seconds after step `step` begins, wherever it then is."""
-    loss = task.loss
+    """The task, in a process that is killed `delay` seconds after a step from `step` on begins, wherever it then is."""
+    loss, fuse = task.loss, []
 
     def kill():
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def wrapped(now: int, *rest):
-        if now == step:
-            threading.Thread(target=kill, daemon=True).start()
+        if now >= step and not fuse:
+            fuse.append(threading.Thread(target=kill, daemon=True))
+            fuse[0].start()
         return loss(now, *rest)
 
     task.loss = wrapped
@@ -77,7 +78,7 @@ def killed_run(out: Path, kind: str, steps: int, kills: int, seed: int) -> int:
                 task = dies_at(task, step, dice.random() * 0.05)
             train(task, replace(OPTIONS, steps=steps), out, resume=has_folder(out / "checkpoint"))
             if step is not None:
-                signal.pause()  # the run was over sooner: the kill is still to come
+                os.kill(os.getpid(), signal.SIGKILL)  # the run was over sooner
             os._exit(0)
         dice.random()  # so that the parent's dice move on as the child's did
         status = os.waitpid(child, 0)[1]
