@@ -22,6 +22,7 @@
     game.activated = true;
     game.raqId = 0;
     game.invertTimer = 0;
+    game.config.invertDistance = Infinity;  // night never falls, however long the clip
     game.tRex.playingIntro = false;
     game.tRex.xInitialPos = game.tRex.config.startXPos;
     game.horizon.clouds = [];

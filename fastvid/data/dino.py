@@ -10,6 +10,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -95,14 +96,20 @@ class _Browser:
         self.answers, replies = os.pipe()
         # out of the way first: either may by chance have the number that the other must get
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands, replies)]
-        self.process = subprocess.Popen(
-            [binary, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"], pass_fds=(3, 4),
-            preexec_fn=lambda: (os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)), start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for end in (commands, replies, *theirs):
-            os.close(end)
-        self.session, self.last, self.buffer = None, 0, b""
+        self.process, self.session, self.last, self.buffer = None, None, 0, b""
+        try:
+            self.process = subprocess.Popen(
+                [binary, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"], pass_fds=(3, 4),
+                preexec_fn=lambda: (os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={**os.environ, "TMPDIR": self.profile},  # Chromium leaves a folder behind when it is killed
+            )
+        except OSError as error:
+            self.close()
+            raise DataError(f"{binary} cannot be run: {error.strerror}; install or name another Chromium.") from error
+        finally:
+            for end in (commands, replies, *theirs):
+                os.close(end)
 
     def open(self, url: str, script: str) -> None:
         """Load a page with `script` run before its own."""
@@ -157,11 +164,12 @@ class _Browser:
         return message
 
     def close(self) -> None:
-        try:
-            os.killpg(self.process.pid, 9)
-        except ProcessLookupError:
-            pass  # it has already ended
-        self.process.wait()
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has already ended
+            self.process.wait()
         os.close(self.to)
         os.close(self.answers)
         shutil.rmtree(self.profile, ignore_errors=True)

@@ -1,5 +1,9 @@
 """The recorder of the dinosaur game: repeatable to the bit, and a game that is really played."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,3 +77,42 @@ def test_refusals(monkeypatch):
     monkeypatch.setenv("FASTVID_CHROMIUM", "no-such-browser")
     with pytest.raises(DataError, match="no-such-browser"), DinoRecorder():
         pass
+
+
+@pytest.fixture
+def temporary_folder(monkeypatch):
+    """What a recorder may leave behind, where nobody else writes; a short path, since it holds the browser's socket."""
+    with tempfile.TemporaryDirectory(prefix="dino-", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield folder
+
+
+@needs_chromium
+def test_nothing_is_left_behind_when_the_browser_dies(temporary_folder):
+    with pytest.raises(DataError, match="ended before it answered"), DinoRecorder() as game:
+        assert os.listdir(temporary_folder)
+        process = game._browser.process
+        process.kill()
+        process.wait()
+        game.clip(1, 4)
+    assert process.returncode is not None and os.listdir(temporary_folder) == []
+
+
+@needs_chromium
+def test_a_browser_that_hangs_is_given_up(temporary_folder, monkeypatch):
+    with pytest.raises(DataError, match="did not answer within 1 s"), DinoRecorder() as game:
+        monkeypatch.setattr(dino, "CALL_SECONDS", 1.0)
+        game._browser.evaluate("for (;;) {}")
+    assert os.listdir(temporary_folder) == []
+
+
+def test_a_file_that_is_no_browser(temporary_folder, monkeypatch):
+    binary = Path(temporary_folder) / "chromium"
+    binary.write_bytes(b"\x7fELF no program")
+    binary.chmod(0o755)
+    monkeypatch.setenv("FASTVID_CHROMIUM", str(binary))
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(DataError, match="cannot be run"), DinoRecorder():
+        pass
+    assert os.listdir(temporary_folder) == ["chromium"] and len(os.listdir("/proc/self/fd")) == open_files
