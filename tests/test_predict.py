@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -221,6 +223,20 @@ def test_a_clip_is_never_its_own_output(model, tmp_path):
     with pytest.raises(UsageError, match="a_sample0.mp4 there is one of the clips to predict"):
         predict_clips([tmp_path], model, out=tmp_path)
     assert (tmp_path / "a_sample0.mp4").read_bytes() == before
+
+
+def test_progress_on_a_terminal_only(clip, model, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stderr", shown.setdefault(kind, kind()))
+        predict_clips([clip], model, frames=13, samples=2, out=tmp_path / "out")
+    text = shown[Terminal].getvalue()
+    assert "clip.mp4: top" in text and "clip.mp4: bottom" in text and "code/s" in text
+    assert shown[io.StringIO].getvalue() == ""
 
 
 def test_an_impossible_rate_is_replaced_and_said(clip, monkeypatch):
