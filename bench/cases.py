@@ -1,0 +1,118 @@
+"""Every case of the benchmark by name, and what one measured case looks like in the JSON file.
+
+A case has one contestant that is ours; its ratios are peer's median over our median, one per peer. A case that cannot
+run here is reported with the reason, never left out. Torch is imported when a case is opened, not before.
+
+The JSON of a case: `case`, `size`, `check` ("ok", "failed: why" or "missing: why"), `contestants` (each `name`,
+`median_s`, `min_s`, `max_s`, `runs`, `peak_bytes`), `ratio` {peer: x}, `floor_s`, `goal` {peer: x}; what is unknown is
+null. Beside that: `ours`, the contestant the ratios are of; `checked`, what the gate compared; `threads`. A contestant
+may carry `missing`, why it did not run; `scaled_from`, the codes that a run drew where its times are scaled up to all
+of them; `given`, true for a figure that is not a program's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from timing import Contestant, GateError, Race, Times, run_race, threads
+
+
+@dataclass(frozen=True)
+class Case:
+    """goal: the least ratio wanted per peer, None where none is set. threads: None takes torch's as found."""
+
+    name: str
+    size: str
+    ours: str
+    goal: dict[str, float | None]
+    open: Callable[[], Race]
+    missing: Callable[[], str | None] = lambda: None
+    threads: int | None = None
+
+    def one_thread(self) -> "Case":
+        """The same with one thread for every contestant."""
+        return replace(self, name=f"{self.name}_1t", threads=1)
+
+
+def _sampling(device: str) -> Race:
+    from sampling_cases import sampling_race
+
+    return sampling_race(device)
+
+
+def _predict() -> Race:
+    from predict_cases import predict_race
+
+    return predict_race()
+
+
+def _predict_missing() -> str | None:
+    from predict_cases import predict_missing
+
+    return predict_missing()
+
+
+def _no_cuda() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+SMALL_SIZE = "8 layers, 64 hidden, 3x32x32 codes of 512, batch 1, fp32"
+SMALL_CPU = Case(
+    "sample_cpu_small", SMALL_SIZE, "plan", {"naive": 75.0, "cached": None}, open=lambda: _sampling("cpu")
+)
+DEMO_CPU = Case(
+    "predict_demo_cpu", "dino64, examples/dino.mp4, 12 frames of 64x64, 1 sample", "predict", {"playback": 1.0},
+    open=_predict, missing=_predict_missing,
+)  # fmt: skip
+SMALL_GPU = Case(
+    "sample_gpu_small", SMALL_SIZE, "plan", {"naive": None, "cached": None}, open=lambda: _sampling("cuda"),
+    missing=_no_cuda,
+)  # fmt: skip
+CASES = [SMALL_CPU, SMALL_CPU.one_thread(), DEMO_CPU, DEMO_CPU.one_thread(), SMALL_GPU]
+
+
+def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Open a case, ask its gate, time its contestants. Returns the case as it stands in the JSON file."""
+    reason = case.missing()
+    if reason:
+        return _entry(case, f"missing: {reason}")
+    with threads(case.threads) as count:
+        race = case.open()
+        names = {contestant.name for contestant in race.contestants}
+        if not {case.ours, *case.goal} <= names:
+            raise ValueError(f"{case.name}: wants contestants {case.ours} and {', '.join(case.goal)}, has {names}.")
+        tell("gate")
+        try:
+            checked = race.gate()
+        except GateError as error:
+            return _entry(case, f"failed: {error}", threads=count)
+        times = run_race(race, rounds, tell)
+        floor = race.floor() if race.floor else None
+    rows = [_row(contestant, times.get(contestant.name)) for contestant in race.contestants]
+    return _entry(case, "ok", rows, floor, threads=count, checked=checked)
+
+
+def _row(contestant: Contestant, times: Times | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": contestant.name}
+    if times is not None:
+        row |= {"median_s": times.median, "min_s": min(times.seconds), "max_s": max(times.seconds)}
+        row |= {"runs": len(times.seconds), "peak_bytes": times.peak_bytes}
+    else:
+        row |= dict.fromkeys(("median_s", "min_s", "max_s"), contestant.given) | {"runs": 0, "peak_bytes": None}
+    if contestant.given is not None:
+        row["given"] = True
+    elif times is None:
+        row["missing"] = contestant.missing or "cannot run here"
+    if contestant.scaled_from:
+        row["scaled_from"] = contestant.scaled_from
+    return row
+
+
+def _entry(case: Case, check: str, rows=(), floor=None, **beside) -> dict[str, Any]:
+    medians = {row["name"]: row["median_s"] for row in rows}
+    ours = medians.get(case.ours)
+    ratio = {peer: medians[peer] / ours if ours and medians.get(peer) else None for peer in case.goal}
+    entry = {"case": case.name, "size": case.size, "check": check, "contestants": list(rows), "ratio": ratio}
+    return entry | {"floor_s": floor, "goal": dict(case.goal), "ours": case.ours} | beside

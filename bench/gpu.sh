@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The one command for a machine with a GPU: builds the native code where that is possible, runs the GPU tests, tunes,
+# times every GPU case and writes bench/results/<device>.json.
+#
+#     bash bench/gpu.sh            PYTHON=python3.12 bash bench/gpu.sh
+#
+# Needs Python with torch, numpy and pytest; no network, no install: fastvid is taken from this checkout. Done within
+# 9 minutes. Each finished step is remembered for this device and these sources under out/gpu/, with its log, so that a
+# second call does only what is left. Exit codes: 0 all done; 1 a step failed; 3 no CUDA device; 4 out of time.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+python=${PYTHON:-python3}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+deadline=$((SECONDS + 530))
+
+if ! told=$("$python" -c 'import torch
+print(torch.__version__)
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")'); then
+    echo "gpu.sh: $python cannot import torch; name one that can: PYTHON=... bash bench/gpu.sh"
+    exit 1
+fi
+{ read -r version; read -r device; } <<<"$told"
+if [ -z "$device" ]; then
+    echo "gpu.sh: no CUDA device was found by torch $version; nothing was run."
+    exit 3
+fi
+
+sources=$(find CMakeLists.txt pyproject.toml fastvid kernels bench tests -type f \
+    -regex '.*\.\(py\|cpp\|cu\|h\|sh\|txt\|toml\)' -print0 |
+    LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)
+state=out/gpu/$(printf %s "$device" | tr -c 'A-Za-z0-9' '-')-$sources
+mkdir -p "$state"
+echo "gpu.sh: $device; steps are remembered in $state"
+
+failed=() late=()
+
+# step NAME SECONDS COMMAND...: runs a command once, within its own limit and what is left of the whole
+step() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS code
+    shift 2
+    if [ -e "$state/$name.done" ]; then
+        echo "== $name: done before ($(cat "$state/$name.done"))"
+        return
+    fi
+    if [ "$left" -lt 10 ]; then
+        late+=("$name")
+        echo "== $name: no time left"
+        return
+    fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    echo "== $name"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$state/$name.log"
+    code=${PIPESTATUS[0]}
+    if [ "$code" = 0 ]; then
+        echo "$((SECONDS - started)) s" >"$state/$name.done"
+    else
+        failed+=("$name (exit code $code$([ "$code" = 124 ] && echo ", over $limit s"))")
+    fi
+}
+
+build() {
+    if ! command -v cmake >/dev/null; then
+        echo "no cmake: no native code, everything works through torch and Triton"
+        return
+    fi
+    local generator=()
+    command -v ninja >/dev/null && generator=(-G Ninja)
+    # the libraries land beside the package, where a checkout looks for them
+    cmake -S . -B build/gpu "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CUDA_ARCHITECTURES=native &&
+        cmake --build build/gpu -j "$(nproc)" && cmake --install build/gpu --prefix .
+}
+
+gpu_tests() {
+    # files without a GPU test are left out: what they import may be missing here
+    local files code
+    mapfile -t files < <("$python" - <<'PYTHON'
+import ast, pathlib
+for path in sorted(pathlib.Path("tests").rglob("test_*.py")):
+    text = path.read_text(encoding="utf-8")
+    arguments = {node.arg for node in ast.walk(ast.parse(text)) if isinstance(node, ast.arg)}
+    if "device" in arguments or "mark.gpu" in text:
+        print(path)
+PYTHON
+    )
+    [ "${#files[@]}" -gt 0 ] || { echo "no test names a GPU"; return 0; }
+    "$python" -m pytest -q -m gpu -p no:cacheprovider -rs "${files[@]}"
+    code=$?
+    [ "$code" = 5 ] && { echo "none of these tests is marked gpu"; return 0; }
+    return "$code"
+}
+export -f build gpu_tests
+export python
+
+step build 240 bash -c build
+step tests 240 bash -c gpu_tests
+step tune 180 "$python" bench/run.py --tune
+for case in $("$python" bench/run.py --list | awk '$1 ~ /_gpu/ { print $1 }'); do
+    step "$case" 180 "$python" bench/run.py --case "$case" --json bench/results/
+done
+
+[ "${#late[@]}" = 0 ] || echo "gpu.sh: not done in time: ${late[*]}; call it again to go on."
+[ "${#failed[@]}" = 0 ] || { printf 'gpu.sh: failed: %s\n' "${failed[@]}"; exit 1; }
+[ "${#late[@]}" = 0 ] || exit 4
+echo "gpu.sh: all done in $SECONDS s; results are in bench/results/"

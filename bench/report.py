@@ -1,0 +1,119 @@
+"""Result files for people: a table in text, an HTML page, a plot."""
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("contestant", "median", "min", "max", "runs", "peak", "ratio", "goal")
+
+
+def text_of(case: dict[str, Any]) -> str:
+    """One measured case as a table of text."""
+    head = f"{case['case']}: {case['size']}"
+    if case["check"] != "ok":
+        return f"{head}\n  {case['check']}\n"
+    rows = [COLUMNS, *table(case)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  " + "  ".join(_align(i, word, widths[i]) for i, word in enumerate(row)).rstrip() for row in rows]
+    checked = f"  {case['threads']} thread{'s' * (case['threads'] != 1)}; gate: {case['checked']}"
+    return "\n".join([head, checked, *lines, *notes(case)]) + "\n"
+
+
+def table(case: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Words for each contestant, as COLUMNS names them."""
+    found = []
+    for row in case["contestants"]:
+        name, missing = row["name"], row.get("missing")
+        ratio, goal = case["ratio"].get(name), case["goal"].get(name)
+        verdict = "" if goal is None else f">= {goal:g}"
+        if goal is not None and ratio is not None:
+            verdict += " met" if ratio >= goal else " missed"
+        keys = ("median_s", "min_s", "max_s")
+        times = [f"missing: {missing}"] if missing else [seconds(row[key]) for key in keys]
+        ratio_word = "ours" if name == case["ours"] else "" if ratio is None else f"{ratio:.3g}x"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB"
+        times += [""] * (3 - len(times))
+        found.append((name, *times, str(row["runs"] or ""), peak, ratio_word, verdict))
+    return found
+
+
+def notes(case: dict[str, Any]) -> list[str]:
+    """What the table cannot hold: scaled and given times, and the floor."""
+    lines = []
+    for row in case["contestants"]:
+        if "scaled_from" in row:
+            lines.append(f"  {row['name']}: {row['scaled_from']} codes a run, spread over the grid, scaled up to all")
+        if row.get("given"):
+            lines.append(f"  {row['name']}: a given time, not a program's")
+    ours = next(row["median_s"] for row in case["contestants"] if row["name"] == case["ours"])
+    if case["floor_s"] and ours:
+        lines.append(f"  floor {seconds(case['floor_s'])}: {case['ours']} runs at {case['floor_s'] / ours:.2%} of it")
+    return lines
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def write_html(results: dict[str, Any], path: Path) -> None:
+    """A page that stands alone: every case's table, with a bar for each contestant's time on a log scale."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = [f"<h1>fastvid benchmark</h1><p>{html.escape(results['device'])}; {html.escape(versions)}</p>"]
+    for case in results["cases"]:
+        parts.append(f"<h2>{html.escape(case['case'])}</h2><p>{html.escape(case['size'])}</p>")
+        if case["check"] != "ok":
+            parts.append(f"<p>{html.escape(case['check'])}</p>")
+            continue
+        head = "".join(f"<th>{word}</th>" for word in (*COLUMNS, ""))
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in words) + f"<td>{bar}</td></tr>"
+            for words, bar in zip(table(case), _bars(case), strict=True)
+        )
+        told = "".join(f"<p>{html.escape(note.strip())}</p>" for note in [case["checked"], *notes(case)])
+        parts.append(f"<table><tr>{head}</tr>{rows}</table>{told}")
+    style = (
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right}td:first-child{text-align:left}"
+        "i{display:block;height:.8em;background:#47a}"
+    )
+    head = f'<!doctype html><meta charset="utf-8"><title>fastvid benchmark</title><style>{style}</style>'
+    path.write_text(head + "".join(parts) + "\n", encoding="utf-8")
+
+
+def _bars(case: dict[str, Any]) -> list[str]:
+    times = [row["median_s"] for row in case["contestants"]]
+    least = min((time for time in times if time), default=1.0)
+    return [f'<i style="width:{40 + 80 * math.log10(time / least):.0f}px"></i>' if time else "" for time in times]
+
+
+def write_plot(results: dict[str, Any], path: Path) -> None:
+    """A PNG with the ratio to each peer on a log scale, goals as ticks. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{case['case']}\nvs {peer}", ratio, case["goal"][peer])
+        for case in results["cases"] for peer, ratio in case["ratio"].items() if ratio is not None
+    ]  # fmt: skip
+    figure = Figure(figsize=(8, 1.2 + 0.6 * max(1, len(bars))), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (_, ratio, goal) in enumerate(bars):
+        axes.barh(i, ratio, color="#4477aa")
+        axes.annotate(f" {ratio:.3g}x", (ratio, i), va="center")
+        if goal is not None:
+            axes.plot([goal, goal], [i - 0.4, i + 0.4], color="#cc3311")
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.set_xlabel("peer's time over ours (red: goal)")
+    axes.set_title(results["device"])
+    figure.savefig(path, dpi=120)
+
+
+def _align(column: int, word: str, width: int) -> str:
+    return word.ljust(width) if column in (0, len(COLUMNS) - 1) or word.startswith("missing") else word.rjust(width)
