@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,10 +17,7 @@ USAGE, INTERRUPTED = 2, 130  # exit codes
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict the next frames of clips: a video per sample, a contact sheet and a report.
-
-    It runs on one CPU thread, which small models are fastest on; set OMP_NUM_THREADS for another number.
-    """
+    """Predict the next frames of clips: a video per sample, a contact sheet and a report."""
 
     clips: Annotated[Positional[tuple[Path, ...]], arg(metavar="CLIP...")]
     """Video files, or folders of them."""
@@ -46,10 +41,9 @@ class Predict:
         """Predict and write. Raises FastvidError."""
         from fastvid.predict import predict_clips
 
-        with _one_thread():
-            predict_clips(
-                self.clips, self.model, self.frames, self.samples, self.seed, self.temperature, self.out, self.start
-            )
+        predict_clips(
+            self.clips, self.model, self.frames, self.samples, self.seed, self.temperature, self.out, self.start
+        )
 
 
 @dataclass(frozen=True)
@@ -78,10 +72,9 @@ class Evaluate:
         from fastvid.evaluate import evaluate, table
 
         metrics = tuple(self.metrics.split(","))
-        with _one_thread():
-            result = evaluate(
-                self.model, self.data, self.clips, self.samples, self.seed, metrics, self.json, self.sheet
-            )
+        result = evaluate(
+            self.model, self.data, self.clips, self.samples, self.seed, metrics, self.json, self.sheet
+        )
         print(table(result))
 
 
@@ -192,6 +185,34 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Assemble:
+    """Put a trained autoencoder and its two priors together into one model folder, for predict and evaluate."""
+
+    vqvae: Path
+    """The run folder of `fastvid train vqvae`."""
+    top: Path
+    """The run folder of `fastvid train top`."""
+    bottom: Path
+    """The run folder of `fastvid train bottom`."""
+    out: Annotated[Path, arg(aliases=["-o"])]
+    """The model folder to write."""
+    size: int = 64
+    """Height and width, in pixels, of the frames that they were trained on."""
+    half: bool = False
+    """Store the weights in half precision, in half the space; they are rounded once."""
+
+    def run(self) -> None:
+        """Load the parts and write the folder. Raises FastvidError."""
+        import torch
+
+        from fastvid.models import assemble
+
+        model = assemble(self.vqvae, self.top, self.bottom, (self.size, self.size))
+        model.save(self.out, torch.float16 if self.half else torch.float32)
+        print(f"assembled: {self.out}")
+
+
+@dataclass(frozen=True)
 class DataMake:
     """Write clips of a generator to OUT/SPLIT, without loss; whole files that are there already are kept."""
 
@@ -258,6 +279,7 @@ class Models:
 Command = (
     Annotated[Predict, subcommand("predict")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Assemble, subcommand("assemble")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]
@@ -293,20 +315,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("fastvid: interrupted.", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sample on one CPU thread, unless OMP_NUM_THREADS says otherwise."""
-    import torch
-
-    before = torch.get_num_threads()
-    # thousands of products too small to share: on a busy machine of two cores a second thread took 7 times as long
-    torch.set_num_threads(before if "OMP_NUM_THREADS" in os.environ else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _say_trained(result) -> None:

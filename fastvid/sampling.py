@@ -10,7 +10,8 @@ Every matrix product is batched over the samples, so that a sample's codes do no
 Source: Ramachandran et al. 2017, arXiv:1704.06001, for the caches; the split by frame is ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from fastvid import ops
 from fastvid.nn import CausalAttention, CausalConv, GatedPixelLayer, GatedPixelStack
 from fastvid.nn.attention import coordinates
+
+NARROW = 256  # channels below which a position's products are too small to share between threads
 
 Progress = Callable[[int], None]  # told how many codes of each sample have just been drawn
 
@@ -72,16 +75,28 @@ def sample(
     """
     B, T, H, W, _ = _check(stack, condition, noise)
     plan = SamplingPlan(stack, condition)
-    for t in range(T):
-        plan.frame(t)
-        for y in range(H):
-            plan.row(y)
-            gumbel = noise.row(t, y, W, stack.config.codes, condition.device)
-            for x in range(W):
-                plan.put(x, ops.draw(plan.pixel(x), gumbel[:, x], temperature))
-            if progress:
-                progress(W)
+    with _threads_for(stack):
+        for t in range(T):
+            plan.frame(t)
+            for y in range(H):
+                plan.row(y)
+                gumbel = noise.row(t, y, W, stack.config.codes, condition.device)
+                for x in range(W):
+                    plan.put(x, ops.draw(plan.pixel(x), gumbel[:, x], temperature))
+                if progress:
+                    progress(W)
     return plan.codes
+
+
+@contextmanager
+def _threads_for(stack: GatedPixelStack) -> Iterator[None]:
+    """One CPU thread for a narrow stack: on a busy machine, handing out its small products costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if stack.config.channels < NARROW else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class SamplingPlan:

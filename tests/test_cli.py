@@ -155,22 +155,6 @@ def test_the_traceback_can_be_had(monkeypatch, tmp_path):
         main(["predict", str(tmp_path / "nowhere.mp4")])
 
 
-@pytest.mark.parametrize(("asked", "wanted"), [(None, 1), ("3", 3)])
-def test_sampling_takes_one_thread_unless_told(monkeypatch, asked, wanted):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if asked:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    seen = []
-    monkeypatch.setattr("fastvid.predict.predict_clips", lambda *_: seen.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert main(["predict", "a.mp4"]) == 0
-        assert seen == [wanted] and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_an_error_of_several_lines_becomes_one(monkeypatch, capsys):
     def fails(*_):
         raise FastvidError("wanted this,\ngot that.")

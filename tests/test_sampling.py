@@ -77,6 +77,19 @@ def test_temperature_and_progress():
     assert torch.equal(cold, sample(stack, condition, Noise(9, (5, 6, 7)), temperature=1e-4))  # greedy: noise is moot
 
 
+@pytest.mark.parametrize("channels, inside", [(16, 1), (256, 3)])
+def test_a_narrow_stack_samples_on_one_thread(channels, inside):
+    stack = GatedPixelStack(replace(BASE, channels=channels, layers=1, attention_every=0)).eval()
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        condition = torch.randn(1, 1, 1, 1, 6)
+        sample(stack, condition, Noise(0, (0,)), progress=lambda _: seen.append(torch.get_num_threads()))
+        assert seen == [inside] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_refusals():
     stack, condition = make("2d")
     with pytest.raises(ValueError, match="names 1 samples"):

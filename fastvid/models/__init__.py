@@ -8,5 +8,6 @@ from fastvid.models.top_prior import TopPrior, TopPriorConfig
 
 __all__ = [
     "KINDS", "PRESETS", "BottomPrior", "BottomPriorConfig", "HierarchicalVQVAE", "Prediction", "TopPrior",
-    "TopPriorConfig", "VQVAEConfig", "VQVAEOutput", "VideoPredictor", "assemble", "build", "list_models", "load", "preset",
+    "TopPriorConfig", "VQVAEConfig", "VQVAEOutput", "VideoPredictor", "assemble", "build", "list_models", "load",
+    "preset",
 ]

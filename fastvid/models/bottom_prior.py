@@ -52,7 +52,7 @@ class BottomPrior(nn.Module):
 
     def condition(self, slice_index: Tensor, top: Tensor, window: Tensor) -> Tensor:
         """What every layer is told of a slice's surroundings, once per slice. -> [B, 1, 2H, 2W, condition_channels]."""
-        return self.conditioning(slice_index, top, window)
+        return self.conditioning(slice_index, self.conditioning.above(top), window)
 
 
 class BottomConditioning(nn.Module):
@@ -73,18 +73,22 @@ class BottomConditioning(nn.Module):
         self.merge = nn.Conv3d(2 * width, width, 1)
         self.mix = nn.Sequential(*(ResidualBlock3d(width, config.inner, (1, 3, 3)) for _ in range(config.blocks)))
 
-    def forward(self, slice_index: Tensor, top: Tensor, window: Tensor) -> Tensor:
-        """[B], [B, steps, H, W], [B, window, 2H, 2W] int64 -> [B, 1, 2H, 2W, condition_channels]."""
-        B, _, H, W = top.shape
-        if top.shape[1] != self.config.steps or window.shape != (B, self.config.window, 2 * H, 2 * W):
+    def above(self, top: Tensor) -> Tensor:
+        """What the top codes say to every slice, once per video. [B, steps, H, W] -> [B, C, 2 steps, 2H, 2W]."""
+        if top.ndim != 4 or top.shape[1] != self.config.steps:
+            raise ValueError(f"BottomPrior: `top` must be [B, {self.config.steps}, H, W], got {list(top.shape)}.")
+        return self.top_branch(self.embed_top(top).movedim(-1, 1))
+
+    def forward(self, slice_index: Tensor, above: Tensor, window: Tensor) -> Tensor:
+        """[B], what `above` returned, [B, window, 2H, 2W] int64 -> [B, 1, 2H, 2W, condition_channels]."""
+        B, absent = len(above), self.config.stack.codes
+        if window.shape != (B, self.config.window, *above.shape[3:]):
             raise ValueError(
-                f"BottomPrior: `top` must be [B, {self.config.steps}, H, W] and `window` "
-                f"[B, {self.config.window}, 2H, 2W], got {list(top.shape)} and {list(window.shape)}."
+                f"BottomPrior: `window` must be {[B, self.config.window, *above.shape[3:]]}, twice as high and wide as "
+                f"`top`, got {list(window.shape)}."
             )
-        absent = self.config.stack.codes
         seen = self.embed_bottom(torch.where(window == ABSENT, absent, window)).movedim(-1, 1)
-        above = self.top_branch(self.embed_top(top).movedim(-1, 1))  # [B, C, 2 steps, 2H, 2W]
-        own = above[torch.arange(B, device=top.device), :, slice_index].unsqueeze(2)  # [B, C, 1, 2H, 2W]
+        own = above[torch.arange(B, device=above.device), :, slice_index].unsqueeze(2)  # [B, C, 1, 2H, 2W]
         merged = self.merge(torch.cat([own, self.window_branch(seen)], dim=1))
         return self.mix(merged).movedim(1, -1)
 

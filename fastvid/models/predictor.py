@@ -104,19 +104,20 @@ class VideoPredictor(nn.Module):
         with clock("bottom", len(identities), len(slices) * grid_bottom) as advance:
             bottom = top.new_full((len(identities), slices.stop, *given_bottom.shape[2:]), ABSENT)
             bottom[:, :SLICES_PER_STEP] = given_bottom
+            (above,) = _each(lambda codes: (self.bottom.conditioning.above(codes),), top)
             for i in slices:
-                first = stretch * len(slices) + i
-                noise = Noise(seed, identities, BOTTOM_STREAM, first)
-                bottom[:, i] = self._slice(i, top, bottom, noise, temperature, advance)
+                noise = Noise(seed, identities, BOTTOM_STREAM, stretch * len(slices) + i)
+                condition = self._condition_slice(i, above, bottom)
+                bottom[:, i] = sample(self.bottom.stack, condition, noise, temperature, advance)[:, 0]
         with clock("decode", len(identities), 0):
             (video,) = _each(lambda *codes: (self.vqvae.decode(*codes),), top, bottom)
         return video, top, bottom
 
-    def _slice(self, i: int, top: Tensor, bottom: Tensor, noise: Noise, temperature: float, advance) -> Tensor:
+    def _condition_slice(self, i: int, above: Tensor, bottom: Tensor) -> Tensor:
         window = bottom_window(bottom, i, self.bottom.config.window)
-        index = torch.full((top.shape[0],), i, device=top.device)
-        (condition,) = _each(lambda *inputs: (self.bottom.condition(*inputs),), index, top, window)
-        return sample(self.bottom.stack, condition, noise, temperature, advance)[:, 0]
+        index = torch.full((len(bottom),), i, device=bottom.device)
+        (condition,) = _each(lambda *inputs: (self.bottom.conditioning(*inputs),), index, above, window)
+        return condition
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder. `dtype` float16 halves it: the parameters are rounded, the codebooks are not."""
