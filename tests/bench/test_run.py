@@ -111,6 +111,15 @@ def test_the_gate_sees_wrong_logits(monkeypatch, walker):
         tiny_race().gate()
 
 
+def test_the_cached_peer_has_the_threads_of_the_plan(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampling_cases, "sample_cached", lambda *_: seen.append(torch.get_num_threads()))
+    with threads(3):
+        race = tiny_race()
+        {contestant.name: contestant for contestant in race.contestants}["cached"].run(race.inputs(0))
+        assert seen == [1] and torch.get_num_threads() == 3
+
+
 def test_contestants_take_turns_on_shared_fresh_inputs():
     seen = []
     contestants = [Contestant(name, lambda given, name=name: seen.append((name, given))) for name in "AB"]
