@@ -10,6 +10,8 @@ the peer's in both files. A ratio fell if even raised by the noise it stays belo
 import math
 from typing import Any
 
+from report import times
+
 ALLOWED = 0.10
 
 
@@ -32,13 +34,13 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int, i
                 continue
             now = case["ratio"].get(peer)
             if now is None:
-                lines.append(f"{case['case']}: {peer}: was {was:.3g}x, now not measured ({_why_not(case, peer)})")
+                lines.append(f"{case['case']}: {peer}: was {times(was)}, now not measured ({_why_not(case, peer)})")
                 continue
             noise = change_noise(case, before[case["case"]], peer)
             fell = now * (1 + noise) < (1 - ALLOWED) * was
             compared, fallen = compared + 1, fallen + fell
             word = "FELL" if fell else "held"
-            lines.append(f"{case['case']}: {peer}: {was:.3g}x -> {now:.3g}x, noise {noise:.0%}: {word}")
+            lines.append(f"{case['case']}: {peer}: {times(was)} -> {times(now)}, noise {noise:.0%}: {word}")
     return lines, compared, fallen
 
 

@@ -30,11 +30,11 @@ def table(case: dict[str, Any]) -> list[tuple[str, ...]]:
         if goal is not None and ratio is not None:
             verdict += " met" if ratio >= goal else " missed"
         keys = ("median_s", "min_s", "max_s")
-        times = [f"missing: {missing}"] if missing else [seconds(row[key]) for key in keys]
-        ratio_word = "ours" if name == case["ours"] else "" if ratio is None else f"{ratio:.3g}x"
+        words = [f"missing: {missing}"] if missing else [seconds(row[key]) for key in keys]
+        ratio_word = "ours" if name == case["ours"] else "" if ratio is None else times(ratio)
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB"
-        times += [""] * (3 - len(times))
-        found.append((name, *times, str(row["runs"] or ""), peak, ratio_word, verdict))
+        words += [""] * (3 - len(words))
+        found.append((name, *words, str(row["runs"] or ""), peak, ratio_word, verdict))
     return found
 
 
@@ -58,6 +58,11 @@ def seconds(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
     return f"{value * 1e6:.3g} us"
+
+
+def times(ratio: float) -> str:
+    """A ratio with three digits, or all of those before the point."""
+    return f"{ratio:,.0f}x" if ratio >= 1000 else f"{ratio:.3g}x"
 
 
 def write_html(results: dict[str, Any], path: Path) -> None:
@@ -85,9 +90,10 @@ def write_html(results: dict[str, Any], path: Path) -> None:
 
 
 def _bars(case: dict[str, Any]) -> list[str]:
-    times = [row["median_s"] for row in case["contestants"]]
-    least = min((time for time in times if time), default=1.0)
-    return [f'<i style="width:{40 + 80 * math.log10(time / least):.0f}px"></i>' if time else "" for time in times]
+    medians = [row["median_s"] for row in case["contestants"]]
+    least = min((median for median in medians if median), default=1.0)
+    widths = [40 + 80 * math.log10(median / least) if median else 0 for median in medians]
+    return [f'<i style="width:{width:.0f}px"></i>' if width else "" for width in widths]
 
 
 def write_plot(results: dict[str, Any], path: Path) -> None:
@@ -102,7 +108,7 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     for i, (_, ratio, goal) in enumerate(bars):
         axes.barh(i, ratio - 1, left=1, color="#4477aa")  # from 1, where both are equally fast
-        axes.annotate(f" {ratio:.3g}x", (ratio, i), va="center")
+        axes.annotate(f" {times(ratio)}", (ratio, i), va="center")
         if goal is not None:
             axes.plot([goal, goal], [i - 0.4, i + 0.4], color="#cc3311")
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])

@@ -14,7 +14,7 @@ import pytest
 import run
 import sampling_cases
 import torch
-from report import text_of
+from report import text_of, times
 from timing import Contestant, GateError, Race, peak_growth, run_race, seconds_of, threads
 
 from fastvid.models import VideoPredictor, build, preset
@@ -166,6 +166,7 @@ def test_a_folder_names_the_file_itself(only, tmp_path):
     only(tiny_case(missing=lambda: "x"))
     assert run.main(["--json", f"{tmp_path}/new/"]) == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{run.slug(run.device_name())}.json"]
+    assert (times(1720.4), times(1.2345), times(0.131)) == ("1,720x", "1.23x", "0.131x")
     assert run.slug("AMD EPYC (7), 2 cores") == "amd-epyc-7-2-cores"
 
 
