@@ -66,16 +66,20 @@ class Report:
 
 @contextmanager
 def stop_signals():
-    """An event that SIGINT and SIGTERM set. A second SIGINT stops at once."""
+    """An event that SIGINT and SIGTERM set. A second Ctrl-C stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    first = None
 
     def handle(number, _):
+        nonlocal first
+        first = first or time.monotonic()
+        # torchrun passes on the Ctrl-C that the terminal has already sent to everybody
+        if number == signal.SIGINT and time.monotonic() - first > 1:
+            raise KeyboardInterrupt
         stop.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
