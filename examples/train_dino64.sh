@@ -20,9 +20,9 @@ fastvid data make dino --out "$work/data" --split test --clips 256 --frames 64
 
 train vqvae --steps 1400 --batch-size 8 --learning-rate 1e-3 --warmup 30 --ema-decay 0.995
 
-prior=(--vqvae "$work/vqvae" --every 6 --batch-size 16 --learning-rate 1.5e-3 --warmup 100 --ema-decay 0.998)
-train top "${prior[@]}" --steps 3200 &
-train bottom "${prior[@]}" --steps 3200
+prior=(--vqvae "$work/vqvae" --every 8 --batch-size 16 --learning-rate 1.5e-3 --warmup 100 --ema-decay 0.998)
+train top "${prior[@]}" --steps 2600 &
+train bottom "${prior[@]}" --steps 2600
 wait $!
 
 fastvid assemble --vqvae "$work/vqvae" --top "$work/top" --bottom "$work/bottom" --half -o "$work/model"
