@@ -97,6 +97,24 @@ def test_priors_have_gradients_everywhere():
         assert unread == [], unread
 
 
+@pytest.mark.parametrize("kind", ["top", "bottom"])
+@torch.no_grad()
+def test_the_future_never_touches_the_past(kind):
+    prior = make(kind, "tiny").eval()
+    grid, context = {
+        "top": ((3, 4, 4), (torch.randint(32, (1, 1, 4, 4)), torch.randint(32, (1, 2, 8, 8)))),
+        "bottom": ((8, 8), (torch.tensor([5]), torch.randint(32, (1, 4, 4, 4)), torch.randint(-1, 32, (1, 4, 8, 8)))),
+    }[kind]
+    codes = torch.randint(32, (1, *grid))
+    before = prior(codes, *context).flatten(1, -2)  # [1, N, K]
+    for p in torch.randint(codes.numel(), (100,)).tolist():
+        changed = codes.flatten().clone()
+        changed[p] = (changed[p] + 1 + p) % 32
+        after = prior(changed.view_as(codes), *context).flatten(1, -2)
+        assert torch.equal(after[:, : p + 1], before[:, : p + 1])
+        assert p + 1 == codes.numel() or not torch.equal(after[:, p + 1 :], before[:, p + 1 :])
+
+
 def test_bottom_window():
     bottom = torch.arange(8).view(1, 8, 1, 1)
     assert bottom_window(bottom, 6, 4).flatten().tolist() == [2, 3, 4, 5]
