@@ -18,6 +18,7 @@ from fastvid.errors import DataError
 __all__ = ["SPLITS", "VERSION", "make_clip"]
 
 VERSION = 1
+FPS = 25.0
 _DIGITS = 2
 _TRAIN_IMAGES = 1437
 _DRAWS = 4  # a frame needs at most four numbers a digit: a new velocity at a wall in y and one at a wall in x

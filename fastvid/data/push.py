@@ -24,6 +24,7 @@ from fastvid.errors import DataError
 __all__ = ["SPLITS", "VERSION", "PushSimulator"]
 
 VERSION = 1
+FPS = 10.0
 _SHAPES = {"train": (0, 900), "test": (900, 1000)}
 _OVERSAMPLE = 2  # drawn at twice the size and averaged: the renderer itself has jagged edges
 _STEPS, _CHUNKS = 16, 4  # physics steps of 1/160 s a frame, and motor commands a frame
