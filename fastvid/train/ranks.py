@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 from torch import Tensor, distributed, nn
@@ -77,6 +78,9 @@ def process_group():
     """The process group that torchrun announces in the environment: NCCL on GPUs, else gloo. None without torchrun."""
     mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if mine:
+        # its functions' defaults keep whatever group exists when it is first imported (the optimizer does so); a group
+        # kept like that outlives destroy_process_group, and its threads may then abort the interpreter's exit
+        import_module("torch.distributed.nn")
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -104,6 +104,9 @@ def main() -> None:
     with process_group() as ranks:
         task = watched(make_task(args.task), args.out, ranks.rank) if ranks.world > 1 else make_task(args.task)
         train(task, replace(OPTIONS, steps=args.steps), args.out, args.resume)
+    if ranks.world > 1:
+        threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        (args.out.parent / f"threads{ranks.rank}.txt").write_text("\n".join(threads))
 
 
 if __name__ == "__main__":
