@@ -84,7 +84,8 @@ class HierarchicalVQVAE(nn.Module):
         if self.training and self.config.mask_probability > 0:
             keep = torch.rand(video.shape[0], device=video.device) >= self.config.mask_probability
             bottom_seen = bottom_seen * keep.view(-1, 1, 1, 1, 1)
-        reconstruction = self._decode(top.quantized, bottom_seen)
+        coarse = self.upsample_top(top.quantized)
+        reconstruction = self.decode_both(torch.cat([coarse, bottom_seen], dim=1)) + 0.5
         error = F.mse_loss(reconstruction, video) / self.config.reconstruction_variance
         return VQVAEOutput(
             reconstruction, error + commitment, error, commitment,
@@ -96,11 +97,16 @@ class HierarchicalVQVAE(nn.Module):
         top, bottom, _ = self._quantize(video)
         return top.indices, bottom.indices
 
-    def decode(self, top: Tensor, bottom: Tensor) -> Tensor:
-        """Clips from codes. top [B, T/4, H/8, W/8], bottom [B, T/2, H/4, W/4] -> [B, 3, T, H, W], clamped to [0, 1]."""
-        quantized = (_channels_first(q.lookup(codes)) for q, codes in
-                     ((self.quantize_top, top), (self.quantize_bottom, bottom)))
-        return self._decode(*quantized).clamp(0, 1)
+    def decode(self, top: Tensor, bottom: Tensor | None) -> Tensor:
+        """Clips from codes.
+
+        top, bottom: [B, T/4, H/8, W/8] and [B, T/2, H/4, W/4] int64 in [0, K). Without bottom codes the decoder makes
+                     do with the top ones, as it does for the clips whose bottom level training masks.
+        Returns:     [B, 3, T, H, W], clamped to [0, 1].
+        """
+        coarse = self.upsample_top(_channels_first(self.quantize_top.lookup(top)))  # [B, D, T/2, H/4, W/4]
+        fine = torch.zeros_like(coarse) if bottom is None else _channels_first(self.quantize_bottom.lookup(bottom))
+        return (self.decode_both(torch.cat([coarse, fine], dim=1)) + 0.5).clamp(0, 1)
 
     def _quantize(self, video: Tensor) -> "tuple[_Level, _Level, Tensor]":
         _check_video(video)
@@ -111,9 +117,6 @@ class HierarchicalVQVAE(nn.Module):
             self.quantize_bottom, self.to_bottom(torch.cat([context, features], dim=1))
         )
         return top, bottom, loss_top + loss_bottom
-
-    def _decode(self, top: Tensor, bottom: Tensor) -> Tensor:
-        return self.decode_both(torch.cat([self.upsample_top(top), bottom], dim=1)) + 0.5
 
     def _quantizer(self) -> VectorQuantize:
         c = self.config

@@ -72,6 +72,7 @@ def _train_prior(kind: str, task: type, data: str, vqvae: str | Path, preset: st
     chosen = TrainOptions(**options)
     check_run(Path(out), resume)
     config = models.preset(kind, preset)
+    chosen.set_threads()  # encoding comes before the loop
     with process_group() as ranks:
         autoencoder, identity = _load_vqvae(Path(vqvae), device)
         if autoencoder.config.codes != config.stack.codes:

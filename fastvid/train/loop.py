@@ -43,8 +43,7 @@ def train(task: Task, options: TrainOptions, out: str | Path, resume: bool = Fal
     ranks = Ranks()
     if options.batch_size % ranks.world:
         raise UsageError(f"--batch-size must be divisible by the {ranks.world} processes, got {options.batch_size}.")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    options.set_threads()
     run = Run(task, options, out, ranks)
     with torch.random.fork_rng():
         run.load() if resume else run.begin()

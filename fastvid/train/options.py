@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import torch
+
 from fastvid.errors import UsageError
 
 # these decide when the run writes, reports or stops, never what the weights become
@@ -53,6 +55,11 @@ class TrainOptions:
             raise UsageError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}.")
         if self.decay not in ("cosine", "none"):
             raise UsageError(f"--decay must be cosine or none, got {self.decay}.")
+
+    def set_threads(self) -> None:
+        """Give torch the asked number of CPU threads. Raises nothing."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0. Raises nothing."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvid.data.sheet import contact_sheet
 from fastvid.models import BottomPrior, HierarchicalVQVAE, TopPrior
 from fastvid.models.bottom_prior import ABSENT
+from fastvid.nn import code_loss
 from fastvid.sampling import Noise, sample
 from fastvid.train.latents import GIVEN, Latents, as_model_input
 
@@ -75,7 +76,7 @@ class TopTask:
         made = sample(model.stack, condition, Noise(0, tuple(range(len(codes.top)))))
         real = torch.cat([codes.given_top, codes.top[:, known:]], dim=1)
         made = torch.cat([codes.given_top, made], dim=1)
-        return _pairs(decode_top_alone(self.vqvae, real), decode_top_alone(self.vqvae, made))
+        return _pairs(self.vqvae.decode(real, None), self.vqvae.decode(made, None))
 
 
 class BottomTask:
@@ -129,17 +130,6 @@ def bottom_inputs(codes: Latents, slices: Tensor, window: int) -> tuple[Tensor, 
     return bottom[row, slices], top, padded[row[:, None], earlier]
 
 
-def decode_top_alone(vqvae: HierarchicalVQVAE, top: Tensor) -> Tensor:
-    """Clips as the decoder sees them when the bottom level is masked, which it was trained for.
-
-    top:     [B, T/4, H/8, W/8] int64.
-    Returns: [B, 3, T, H, W] in [0, 1].
-    Raises:  nothing for codes in [0, K).
-    """
-    coarse = vqvae.upsample_top(vqvae.quantize_top.lookup(top).movedim(-1, 1))  # [B, D, T/2, H/4, W/4]
-    return (vqvae.decode_both(torch.cat([coarse, torch.zeros_like(coarse)], dim=1)) + 0.5).clamp(0, 1)
-
-
 def as_frames(video: Tensor) -> Tensor:
     """[B, 3, T, H, W] in [0, 1] -> uint8 [B, T, H, W, 3] on the CPU. Raises nothing."""
     return video.mul(255).round().clamp(0, 255).to("cpu", torch.uint8).movedim(1, -1)
@@ -158,7 +148,7 @@ def _mix(seed: int, step: int) -> int:
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten())
+    loss = code_loss(logits, target)
     return loss, {"bits_per_code": loss.detach() / math.log(2)}
 
 

@@ -13,7 +13,7 @@ from fastvid import models
 from fastvid.models.predictor import bottom_window
 from fastvid.train import BottomTask, Latents, TopTask, VQVAETask
 from fastvid.train.latents import as_model_input
-from fastvid.train.tasks import as_frames, bottom_inputs, decode_top_alone
+from fastvid.train.tasks import as_frames, bottom_inputs
 
 
 def build(kind: str) -> nn.Module:
@@ -146,7 +146,7 @@ def test_the_top_alone_is_what_a_masked_clip_is_decoded_to():
     masked = model.train()(video).reconstruction.clamp(0, 1)
     model.load_state_dict(state)
     top, _ = model.eval().encode(video)
-    torch.testing.assert_close(decode_top_alone(model, top), masked, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.decode(top, None), masked, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "task"), [("top", TopTask), ("bottom", BottomTask)])
