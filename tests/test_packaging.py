@@ -52,12 +52,14 @@ def test_every_third_party_import_is_declared():
     declared = {name_of(requirement) for group in groups for requirement in group} | {"tomli"}  # comes with pytest
     files = [path for folder in ("fastvid", "kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
     ours = {"fastvid", *(path.stem for path in files if path.parent.name == "bench")}
+    helpers = {path.parent: {file.stem for file in path.parent.glob("*.py")} for path in files if "tests" in path.parts}
     undeclared = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             tops = {name.split(".")[0] for name in names} - ours - sys.stdlib_module_names
+            tops -= helpers.get(path.parent, set())
             wanted = {DISTRIBUTIONS.get(top, name_of(top)) for top in tops}
             undeclared |= {f"{path.relative_to(ROOT)}: {name}" for name in wanted - declared}
     assert not undeclared
