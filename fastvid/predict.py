@@ -250,7 +250,7 @@ def _report(
         "codes": drawn,
         "codes_per_second": {stage: round(codes / prediction.seconds[stage], 1) for stage, codes in drawn.items()},
         # every room of kernels/ has this one backend so far
-        "backends": dict.fromkeys((name for name in ops.__all__ if not name.endswith("_")), "reference"),
+        "backends": dict.fromkeys((name for name in ops.__all__ if name.islower() and name[-1] != "_"), "reference"),
         "versions": {"fastvid": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": "cpu",
         "threads": torch.get_num_threads(),

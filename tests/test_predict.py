@@ -105,7 +105,7 @@ def test_hashes_are_of_the_predicted_frames_and_codes(clip, model, tmp_path):
 
 def test_every_room_has_one_backend_as_reports_say(model, clip, tmp_path):
     (report,) = predict_clips([clip], model, frames=1, out=tmp_path / "out")
-    assert set(report["backends"]) == {name for name in ops.__all__ if not name.endswith("_")}
+    assert set(report["backends"]) == {name for name in ops.__all__ if name.islower() and not name.endswith("_")}
     rooms = Path(__file__).parents[1] / "kernels"
     others = [p for pattern in ("*/triton_gpu.py", "*/cpu.cpp", "*/cuda.cu") for p in rooms.glob(pattern)]
     assert not others, "another backend exists now: predict's report must ask which one ran"
