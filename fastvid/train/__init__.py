@@ -151,4 +151,10 @@ def _fresh(kind: str, config, seed: int, device: str | None) -> nn.Module:
 
 
 def _device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: torch cannot use it: {str(error).splitlines()[0]}") from error
+    return name

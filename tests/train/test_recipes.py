@@ -77,6 +77,13 @@ def test_wrong_arguments_are_one_line(data, tmp_path, arguments, words):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(data, tmp_path, device):
+    with pytest.raises(UsageError, match=f"--device {device}: torch cannot use it"):
+        train_vqvae(data, "tiny", tmp_path / "run", device=device, **FEW)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_no_autoencoder_is_refused(data, trained, tmp_path):
     with pytest.raises(CheckpointError, match="wanted a model folder"):
         train_top(data, tmp_path / "none", "tiny", tmp_path / "top", **FEW)
