@@ -29,8 +29,8 @@ from fastvid.data.video import (
     write_video,
 )
 from fastvid.errors import UsageError, VideoError
-from fastvid.models import Prediction, VideoPredictor, list_models, load
-from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE, SHIPPED
+from fastvid.models import Prediction, VideoPredictor, load
+from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE, model_folder
 
 SHEET_ROWS, SHEET_COLUMNS = 32, 64  # a sheet stays a picture that viewers can open
 SLOWEST, FASTEST, USUAL_FPS = 0.01, 1000.0, 25.0  # frames a second that a video can be written with
@@ -237,7 +237,7 @@ def _report(
         "fps": clip.fps,
         "size": list(clip.given.shape[1:3]),
         "notes": list(clip.notes),
-        "model": {"name": request.model, "sha256": manifest_hash(_folder(request.model))},
+        "model": {"name": request.model, "sha256": manifest_hash(model_folder(request.model))},
         "options": {name: getattr(request, name) for name in ("frames", "samples", "seed", "temperature", "start")},
         "samples": [
             {"file": file, "frame_hash": frame_hash(sample), "codes_sha256": _codes_hash(prediction, index, k)}
@@ -255,10 +255,6 @@ def _report(
         "device": "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def _folder(model: str) -> Path:
-    return SHIPPED / model if model in list_models() else Path(model)
 
 
 def _codes_hash(prediction: Prediction, index: int, sample: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastvid.checkpoint import load_folder, save_folder
+from fastvid.checkpoint import has_folder, load_folder, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.models.bottom_prior import ABSENT, BottomPrior
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE
@@ -146,7 +146,7 @@ def load(name: str | Path) -> VideoPredictor:
 
     Raises UsageError for an unknown name and CheckpointError for a damaged folder.
     """
-    path = SHIPPED / str(name) if str(name) in list_models() else Path(name)
+    path = model_folder(name)
     if not path.is_dir():
         raise UsageError(
             f"unknown model {str(name)!r}: neither a folder nor one of {', '.join(list_models()) or '(none shipped)'}."
@@ -155,9 +155,12 @@ def load(name: str | Path) -> VideoPredictor:
     if config.get("kind") != "predictor":
         raise CheckpointError(f"{path}: wanted a predictor, got kind {config.get('kind')!r}; assemble one first.")
     parts = [build(kind, config[kind]) for kind in ("vqvae", "top", "bottom")]
-    model = VideoPredictor(*parts, size=config["size"])
-    model.load_state_dict(tensors)
-    return model.eval()
+    return _fill(VideoPredictor(*parts, size=config["size"]), tensors, path)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a shipped model, or the path itself."""
+    return SHIPPED / str(name) if str(name) in list_models() else Path(name)
 
 
 def assemble(
@@ -168,21 +171,33 @@ def assemble(
     size:   (H, W) of the frames that they were trained on, in pixels.
     Raises: CheckpointError for a folder that is damaged or of another kind, UsageError if the parts' codes differ.
     """
-    parts = [_load_part(kind, Path(path)) for kind, path in (("vqvae", vqvae), ("top", top), ("bottom", bottom))]
+    parts = [load_part(kind, path)[0] for kind, path in (("vqvae", vqvae), ("top", top), ("bottom", bottom))]
     codes = [parts[0].config.codes, parts[1].config.stack.codes, parts[2].config.stack.codes]
     if len(set(codes)) > 1:
         raise UsageError(f"assemble: the three parts must have the same number of codes, got {codes}.")
     return VideoPredictor(*parts, size=size)
 
 
-def _load_part(kind: str, path: Path) -> nn.Module:
-    folder = path / "model" if (path / "model").is_dir() else path
+def load_part(kind: str, path: str | Path) -> tuple[nn.Module, Path]:
+    """A trained part and the model folder it came from.
+
+    kind:   vqvae, top or bottom. path: a run folder of `fastvid train`, or its model folder.
+    Raises: CheckpointError for a folder that is damaged, of another kind, or whose weights do not fit its config.
+    """
+    folder = Path(path) / "model" if has_folder(Path(path) / "model") else Path(path)
     tensors, config = load_folder(folder)
     if config.get("kind") != kind:
-        raise CheckpointError(f"{folder}: wanted a {kind}, got kind {config.get('kind')!r}; give its run folder.")
+        raise CheckpointError(f"{folder}: wanted a {kind}, it is of kind {config.get('kind')!r}; give its run folder.")
     model = build(kind, {name: value for name, value in config.items() if name != "kind"})
-    model.load_state_dict(tensors)
-    return model
+    return _fill(model, tensors, folder), folder
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: weights do not fit the config: {str(error).splitlines()[-1]}") from error
+    return model.eval()
 
 
 def _each(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fastvid import models
-from fastvid.checkpoint import has_folder, load_folder, manifest_hash, read_config
+from fastvid.checkpoint import has_folder, manifest_hash, read_config
 from fastvid.data.clips import Clips, ClipWindows, open_clips
-from fastvid.errors import CheckpointError, UsageError, VideoError
+from fastvid.errors import UsageError, VideoError
 from fastvid.train.latents import Latents, encode_windows, load_latents
 from fastvid.train.loop import TrainResult, train
 from fastvid.train.options import TrainOptions
@@ -131,17 +131,9 @@ def _trained_size(vqvae: Path) -> int | None:
 
 
 def _load_vqvae(path: Path, device: str | None) -> tuple[nn.Module, dict]:
-    folder = path / "model" if has_folder(path / "model") else path
-    tensors, config = load_folder(folder)
-    if config.get("kind") != "vqvae":
-        raise CheckpointError(f"{folder}: wanted a vqvae, it is of kind {config.get('kind')!r}; give its run folder.")
-    model = models.build("vqvae", {key: value for key, value in config.items() if key != "kind"})
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: weights do not fit the config: {str(error).splitlines()[-1]}") from error
+    model, folder = models.load_part("vqvae", path)
     model = model.to(_device(device), memory_format=torch.channels_last_3d)
-    return model.eval().requires_grad_(False), {"vqvae": manifest_hash(folder)}
+    return model.requires_grad_(False), {"vqvae": manifest_hash(folder)}
 
 
 def _fresh(kind: str, config, seed: int, device: str | None) -> nn.Module:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from fastvid.checkpoint import has_folder, load_folder, read_config, save_folder
 from fastvid.errors import CheckpointError, DataError, VideoError
+from fastvid.models.predictor import GIVEN
 
-GIVEN = 4  # frames that are given to a predictor, and so encoded alone as well
 MAX_BAD_SHARE = 0.05
 
 

@@ -7,7 +7,7 @@ import torch
 
 import fastvid
 from fastvid import models
-from fastvid.checkpoint import save_folder
+from fastvid.checkpoint import load_folder, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.models import VideoPredictor
 
@@ -108,3 +108,12 @@ def test_unknown_model_and_wrong_kind(tmp_path):
     save_folder(tmp_path / "part", {"x": torch.zeros(1)}, {"kind": "top"})
     with pytest.raises(CheckpointError, match="wanted a predictor"):
         fastvid.load(tmp_path / "part")
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(predictor, tmp_path):
+    predictor.save(tmp_path / "whole")
+    tensors, config = load_folder(tmp_path / "whole")
+    config["top"]["stack"]["channels"] = 24
+    save_folder(tmp_path / "wrong", tensors, config)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        fastvid.load(tmp_path / "wrong")
