@@ -1,11 +1,15 @@
 """What every test gets: fixed seeds, poisoned memory, a device to run on, and a reason where one is missing."""
 
 import functools
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
 
 with torch.device("meta"):
     torch.empty(0)  # torch remembers its constructors at the first use of a device context: before they are wrapped

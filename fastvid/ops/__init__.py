@@ -1,7 +1,11 @@
 """Functional ops. Each is documented and checked here and defined by its room in kernels/."""
 
+from fastvid.ops._op import OPS, Op, backend
 from fastvid.ops.conv import causal_conv, gate
 from fastvid.ops.sample import draw, gumbel_row
 from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
 
-__all__ = ["Nearest", "causal_conv", "draw", "gate", "gumbel_row", "nearest_codebook", "nearest_codebook_ema_"]
+__all__ = [
+    "OPS", "Nearest", "Op", "backend", "causal_conv", "draw", "gate", "gumbel_row", "nearest_codebook",
+    "nearest_codebook_ema_",
+]  # fmt: skip

@@ -1,0 +1,213 @@
+"""The dispatcher: an op is its checks, its torch schema and an ordered list of backends that say why they cannot serve.
+
+The public function is the Op. Calling it runs the checks, then torch.ops.fastvid.<name>, which runs the first backend
+whose why_not is None: so compile, export and autograd see one torch op, whatever serves it. Which backends may serve can
+be narrowed, in this order, by `backend=` of a call, by `with fastvid.backend(...)` and by FASTVID_BACKEND; each takes
+one name or several ("cpu,reference"), of which the first that can serve does. None of them ever falls back to another.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KNOWN = ("triton", "cuda", "cpu", "reference")
+OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
+
+_LIBRARY = torch.library.Library("fastvid", "DEF")
+_chosen: ContextVar[str] = ContextVar("fastvid_backend", default="")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to serve an op.
+
+    run:     takes the op's positional arguments, already checked, and returns its outputs as a tuple.
+    why_not: takes the same and says in a few words why `run` cannot serve them; None when it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+def never(*_) -> None:
+    """The why_not of a backend that serves everything."""
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """A function of a kernel room, imported at its first call. module: "nearest_codebook.triton_gpu"."""
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"fastvid.kernels.{module}"), function)
+
+    return lambda *args: found()(*args)
+
+
+@contextlib.contextmanager
+def backend(*names: str) -> Iterator[None]:
+    """Only these backends serve while inside: `with fastvid.backend("cpu", "reference"):`; the first that can.
+
+    A compiled function obeys the block it is called in. Raises ValueError for a name that no backend has.
+    """
+    token = _chosen.set(",".join(_names(",".join(names), "backend()")))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def op(
+    schema: str, backends: list[Backend], fake: Callable, result: type | None = None,
+    backward: Callable | None = None, setup_context: Callable | None = None,
+) -> Callable[[Callable], "Op"]:
+    """Makes a function of checks into an op of its name; its docstring is the op's documentation.
+
+    schema:   as torch writes it, without the op's name: arguments, and returns with the names that `result` has.
+    fake:     stands in for a backend where there are only shapes.
+    result:   the NamedTuple that is returned, whose order backends and `fake` keep too; the schema may have another,
+              which backward and setup_context see. None returns nothing, as for ops that write into their arguments.
+    backward, setup_context: as in torch.library.register_autograd, which backend serves left out; both None where there
+              is no gradient.
+    """
+
+    def define(checks: Callable) -> Op:
+        made = Op(checks, schema, backends, fake, result, differentiable=backward is not None)
+        if made.differentiable:
+            torch.library.register_autograd(
+                f"fastvid::{made.name}", backward,
+                setup_context=lambda ctx, inputs, keyword_only_inputs, output: setup_context(ctx, inputs, output),
+            )  # fmt: skip
+        OPS[made.name] = made
+        return made
+
+    return define
+
+
+class Op:
+    """A public function with backends; made by `op`."""
+
+    def __init__(
+        self, checks: Callable, schema: str, backends: list[Backend], fake: Callable, result: type | None,
+        differentiable: bool,
+    ):
+        functools.update_wrapper(self, checks)
+        self.name, self.checks, self.backends, self.result = checks.__name__, checks, tuple(backends), result
+        self.differentiable = differentiable
+        inputs, _, returns = schema.partition(") -> ")
+        _LIBRARY.define(f'{self.name}{inputs}, *, str backend="") -> {returns}')
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"fastvid::{self.name}", lambda *args, backend="": self._in_schema_order(fake(*self._whole(args)))
+        )
+        self.torch_op = getattr(torch.ops.fastvid, self.name)
+        positional = [a for a in self.torch_op.default._schema.arguments if not a.kwarg_only]
+        self._names = [argument.name for argument in positional]
+        self._defaults = [argument.default_value for argument in positional]
+        self._returns = [returned.name for returned in self.torch_op.default._schema.returns]
+
+    def __call__(self, *args, backend: str | None = None, **kwargs):
+        self.checks(*args, **kwargs)
+        # torch would take what an op without a gradient writes for something to differentiate
+        with contextlib.nullcontext() if self.differentiable else torch.no_grad():
+            outputs = self.torch_op(*args, **kwargs, backend=backend or "")
+        return None if self.result is None else self.result(**dict(zip(self._returns, outputs, strict=True)))
+
+    def bind(self, *args, backend: str | None = None, **kwargs) -> Callable[..., Any]:
+        """The chosen backend's bare launcher, for inner loops that call it on arguments like these.
+
+        It takes the op's arguments by position, all of them, returns the outputs as a tuple, and neither checks nor
+        records gradients.
+        """
+        args = self._positional(args, kwargs)
+        return self._choose(args, backend or "").run
+
+    def explain(self, *args, backend: str | None = None, **kwargs) -> str:
+        """Which backend serves these arguments, and why each other one does not. One line each."""
+        args = self._positional(args, kwargs)
+        return _told(self.name, args, self.reasons(*args, backend=backend))
+
+    def reasons(self, *args, backend: str | None = None, **kwargs) -> dict[str, str]:
+        """What each backend says, by name: "serves" for the one that is chosen."""
+        args = self._positional(args, kwargs)
+        told, served, permitted = {}, False, self._permitted(backend or "")
+        for candidate in sorted(self.backends, key=lambda b: _rank(b.name, permitted)):
+            reason = candidate.why_not(*args)
+            if permitted and candidate.name not in permitted:
+                reason = f"not among the backends asked for ({', '.join(permitted)})"
+            told[candidate.name] = reason or ("comes later in the order" if served else "serves")
+            served = served or reason is None
+        return told
+
+    def _positional(self, args: tuple, kwargs: dict) -> tuple:
+        self.checks(*args, **kwargs)
+        rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
+        return (*args, *(kwargs.get(name, default) for name, default in rest))
+
+    def _whole(self, args: tuple) -> tuple:
+        # torch leaves out trailing arguments that have their default value
+        return (*args, *self._defaults[len(args) :])
+
+    def _run(self, *args, backend: str = ""):
+        args = self._whole(args)
+        return self._in_schema_order(self._choose(args, backend).run(*args))
+
+    def _in_schema_order(self, outputs: tuple | None) -> tuple | None:
+        if self.result is None:
+            return None
+        named = dict(zip(self.result._fields, outputs, strict=True))
+        return tuple(named[name] for name in self._returns)
+
+    def _permitted(self, asked: str) -> list[str]:
+        if asked:
+            return _names(asked, "backend=")
+        return _names(_chosen.get(), "backend()") or _names(os.environ.get("FASTVID_BACKEND", ""), "FASTVID_BACKEND")
+
+    def _choose(self, args: tuple, asked: str) -> Backend:
+        permitted = self._permitted(asked)
+        if not permitted:
+            return next(candidate for candidate in self.backends if candidate.why_not(*args) is None)
+        mine = {candidate.name: candidate for candidate in self.backends}
+        for name in permitted:
+            if name in mine and mine[name].why_not(*args) is None:
+                return mine[name]
+        lacking = {name: "this op has no such backend" for name in permitted if name not in mine}
+        told = _told(self.name, args, self.reasons(*args, backend=asked) | lacking)
+        raise NotImplementedError(f"{told.replace(':', ': no backend that was asked for serves', 1)}")
+
+
+def _names(asked: str, where: str) -> list[str]:
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    for name in names:
+        if name not in KNOWN:
+            raise ValueError(f"{where}: unknown backend {name!r}; known: {', '.join(KNOWN)}.")
+    return names
+
+
+def _rank(name: str, permitted: list[str]) -> int:
+    return permitted.index(name) if name in permitted else len(permitted)
+
+
+def _told(name: str, args: tuple, reasons: dict[str, str]) -> str:
+    given = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in args if isinstance(a, Tensor))
+    width = max(map(len, reasons))
+    return "\n".join([f"{name}: {given}", *(f"  {who + ':':{width + 1}} {why}" for who, why in reasons.items())])
+
+
+def without_triton(tensor: Tensor) -> str | None:
+    """Why Triton cannot run on this tensor's device here; None where it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if not (tensor.is_cuda or interpreted):
+        return f"needs a CUDA tensor, got {tensor.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run: pip install triton"
+    return None
