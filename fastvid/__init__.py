@@ -15,7 +15,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"  # pyproject.toml says the same
 
-_DOORS = {"accelerate": "swaps", "backend": "ops", "list_models": "models", "load": "models"}  # function -> the module of fastvid that holds it
+# function -> the module of fastvid that holds it
+_DOORS = {"accelerate": "swaps", "backend": "ops", "list_models": "models", "load": "models"}
 _MODULES = ("data", "metrics", "models", "nn", "ops", "sampling")
 
 __all__ = ["__version__", *_DOORS, *_MODULES]

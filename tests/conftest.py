@@ -1,6 +1,5 @@
 """What every test gets: fixed seeds, poisoned memory, a device to run on, and a reason where one is missing."""
 
-import functools
 import os
 import random
 
@@ -11,11 +10,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
 
+from fastvid.testing import poisoned_memory
+
 with torch.device("meta"):
     torch.empty(0)  # torch remembers its constructors at the first use of a device context: before they are wrapped
 
 SEED = 20240131
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def pytest_collection_modifyitems(items):
@@ -40,27 +40,8 @@ def seeds():
     torch.manual_seed(SEED)
 
 
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill fresh memory with values that no computation survives unnoticed: NaN, or the largest integer."""
-    with torch.no_grad():
-        if tensor.is_floating_point() or tensor.is_complex():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).max) if tensor.dtype in _INTEGERS else tensor
-
-
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Uninitialised memory is poisoned, so that an output element nobody wrote fails loudly instead of by chance."""
-    places = [(torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))]
-    for owner, names in places:
-        for name in names:
-            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-
-
-def _poisoned(allocate):
-    @functools.wraps(allocate)
-    def allocate_poisoned(*args, **kwargs):
-        out = kwargs.get("out")  # a caller's own tensor is not fresh memory
-        return poison(allocate(*args, **kwargs)) if out is None else allocate(*args, **kwargs)
-
-    return allocate_poisoned
+def poison():
+    """Uninitialised memory is poisoned in every test."""
+    with poisoned_memory():
+        yield

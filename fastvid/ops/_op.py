@@ -1,9 +1,9 @@
 """The dispatcher: an op is its checks, its torch schema and an ordered list of backends that say why they cannot serve.
 
 The public function is the Op. Calling it runs the checks, then torch.ops.fastvid.<name>, which runs the first backend
-whose why_not is None: so compile, export and autograd see one torch op, whatever serves it. Which backends may serve can
-be narrowed, in this order, by `backend=` of a call, by `with fastvid.backend(...)` and by FASTVID_BACKEND; each takes
-one name or several ("cpu,reference"), of which the first that can serve does. None of them ever falls back to another.
+whose why_not is None: so compile, export and autograd see one torch op, whatever serves it. Who may serve can be
+narrowed by `backend=` of a call, by `with fastvid.backend(...)` or by FASTVID_BACKEND, in this order; each takes one
+name or several ("cpu,reference"), of which the first that can serve does, and nobody else.
 """
 
 import contextlib
@@ -32,15 +32,27 @@ class Backend:
 
     run:     takes the op's positional arguments, already checked, and returns its outputs as a tuple.
     why_not: takes the same and says in a few words why `run` cannot serve them; None when it can.
+    unasked: takes the same and says why `run` will not serve them unless it is asked for by name.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    unasked: Callable[..., str | None] = lambda *_: None
 
 
 def never(*_) -> None:
     """The why_not of a backend that serves everything."""
+
+
+def triton(room: str, function: str, why_not: Callable[..., str | None]) -> Backend:
+    """The backend of a room's triton_gpu.py. why_not: what its kernels cannot do, device and package apart."""
+    return Backend(
+        "triton",
+        lazy(f"{room}.triton_gpu", function),
+        lambda *args: _without_triton(args[0]) or why_not(*args),
+        unasked=lambda *args: None if args[0].is_cuda else "runs in Triton's interpreter only when it is asked for",
+    )
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -141,7 +153,7 @@ class Op:
         args = self._positional(args, kwargs)
         told, served, permitted = {}, False, self._permitted(backend or "")
         for candidate in sorted(self.backends, key=lambda b: _rank(b.name, permitted)):
-            reason = candidate.why_not(*args)
+            reason = candidate.why_not(*args) or (None if permitted else candidate.unasked(*args))
             if permitted and candidate.name not in permitted:
                 reason = f"not among the backends asked for ({', '.join(permitted)})"
             told[candidate.name] = reason or ("comes later in the order" if served else "serves")
@@ -175,14 +187,14 @@ class Op:
     def _choose(self, args: tuple, asked: str) -> Backend:
         permitted = self._permitted(asked)
         if not permitted:
-            return next(candidate for candidate in self.backends if candidate.why_not(*args) is None)
+            return next(b for b in self.backends if b.why_not(*args) is None and b.unasked(*args) is None)
         mine = {candidate.name: candidate for candidate in self.backends}
         for name in permitted:
             if name in mine and mine[name].why_not(*args) is None:
                 return mine[name]
         lacking = {name: "this op has no such backend" for name in permitted if name not in mine}
-        told = _told(self.name, args, self.reasons(*args, backend=asked) | lacking)
-        raise NotImplementedError(f"{told.replace(':', ': no backend that was asked for serves', 1)}")
+        told = _told(self.name, args, lacking | self.reasons(*args, backend=asked))
+        raise NotImplementedError(told.replace(":", ": no backend that was asked for serves", 1))
 
 
 def _names(asked: str, where: str) -> list[str]:
@@ -203,8 +215,7 @@ def _told(name: str, args: tuple, reasons: dict[str, str]) -> str:
     return "\n".join([f"{name}: {given}", *(f"  {who + ':':{width + 1}} {why}" for who, why in reasons.items())])
 
 
-def without_triton(tensor: Tensor) -> str | None:
-    """Why Triton cannot run on this tensor's device here; None where it can."""
+def _without_triton(tensor: Tensor) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if not (tensor.is_cuda or interpreted):
         return f"needs a CUDA tensor, got {tensor.device.type}"

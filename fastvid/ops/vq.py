@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastvid.kernels.nearest_codebook import reference
 from fastvid.kernels.nearest_codebook.reference import Nearest
-from fastvid.ops._op import Backend, lazy, never, op, without_triton
+from fastvid.ops._op import Backend, never, op, triton
 
 PRECISIONS = ("exact", "tf32", "bf16")
 TRITON_MAX_D, TRITON_MAX_K = 512, 65536
@@ -47,8 +47,6 @@ def _backward(ctx, grad_quantized, _indices, grad_distance, _counts, grad_sums, 
 
 
 def _not_triton(x: Tensor, codebook: Tensor, statistics: bool, precision: str) -> str | None:
-    if reason := without_triton(x):
-        return reason
     if torch.float64 in (x.dtype, codebook.dtype):
         return "takes no float64"
     K, D = codebook.shape
@@ -62,7 +60,7 @@ def _not_triton(x: Tensor, codebook: Tensor, statistics: bool, precision: str) -
     "(Tensor x, Tensor codebook, bool statistics=True, str precision='exact') -> (Tensor quantized,"
     " Tensor indices, Tensor squared_distance, Tensor counts, Tensor sums, Tensor nonfinite)",
     backends=[
-        Backend("triton", lazy("nearest_codebook.triton_gpu", "nearest_codebook"), _not_triton),
+        triton("nearest_codebook", "nearest_codebook", _not_triton),
         Backend("reference", reference.nearest_codebook, never),
     ],
     fake=_fake,
@@ -73,7 +71,7 @@ def _not_triton(x: Tensor, codebook: Tensor, statistics: bool, precision: str) -
 def nearest_codebook(x: Tensor, codebook: Tensor, statistics: bool = True, precision: str = "exact") -> Nearest:
     """The nearest code of every row, and what the codebook's moving average needs of the batch, in one read of x.
 
-    x, codebook: [N, D] and [K, D], floating, any strides. Distances and sums are float32, or float64 if either input is.
+    x, codebook: [N, D] and [K, D], floating, any strides. Distances and sums are float32, float64 if either input is.
     statistics:  False leaves counts and sums out (they come back as [0] and [0, D]) and pays nothing for them.
     precision:   the least that will do for the choice of a code, "exact", "tf32" or "bf16"; a backend may do better.
                  Exact means that a chosen code is farther than the nearest by no more than float32 rounding explains.
@@ -105,16 +103,15 @@ def nearest_codebook(x: Tensor, codebook: Tensor, statistics: bool = True, preci
 
 
 def _not_triton_ema(codebook: Tensor, *others) -> str | None:
-    if reason := without_triton(codebook):
-        return reason
     return None if codebook.dtype == torch.float32 else "takes float32 only"
 
 
 @op(
-    "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) cluster_sum, Tensor counts, Tensor sums, float decay=0.99,"
-    " float eps=1e-5, Tensor(d!)? steps=None, float dead_below=0.0, Tensor? restart=None, float restart_size=1.0) -> ()",
+    "(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) cluster_sum, Tensor counts, Tensor sums,"
+    " float decay=0.99, float eps=1e-5, Tensor(d!)? steps=None,"
+    " float dead_below=0.0, Tensor? restart=None, float restart_size=1.0) -> ()",
     backends=[
-        Backend("triton", lazy("nearest_codebook.triton_gpu", "nearest_codebook_ema_"), _not_triton_ema),
+        triton("nearest_codebook", "nearest_codebook_ema_", _not_triton_ema),
         Backend("reference", reference.nearest_codebook_ema_, never),
     ],
     fake=lambda *_: None,
@@ -147,8 +144,8 @@ def nearest_codebook_ema_(
     K, D = codebook.shape
     if cluster_size.shape != (K,) or counts.shape != (K,) or cluster_sum.shape != (K, D) or sums.shape != (K, D):
         raise ValueError(
-            f"nearest_codebook_ema_: for a codebook {[K, D]} `cluster_size` and `counts` must be {[K]}, `cluster_sum` and "
-            f"`sums` {[K, D]}, got {', '.join(str(list(t.shape)) for t in (cluster_size, counts, cluster_sum, sums))}."
+            f"nearest_codebook_ema_: for a codebook {[K, D]} `cluster_size` and `counts` must be {[K]}, `cluster_sum` "
+            f"and `sums` {[K, D]}, got {', '.join(str(list(t.shape)) for t in (cluster_size, counts, cluster_sum, sums))}."
         )
     if restart is not None and restart.shape != (K, D):
         raise ValueError(

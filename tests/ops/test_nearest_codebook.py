@@ -72,7 +72,7 @@ def test_ema_matches_its_formula():
     "x, codebook, message",
     [
         (torch.zeros(4, 3), torch.zeros(8, 2), "codebook's width"),
-        (torch.zeros(4, 3), torch.zeros(0, 3), "K > 0"),
+        (torch.zeros(4, 3), torch.zeros(0, 3), "K, D > 0"),
         (torch.zeros(4, 3, dtype=torch.int64), torch.zeros(8, 3), "floating"),
     ],
 )

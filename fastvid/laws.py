@@ -1,0 +1,130 @@
+"""The laws that every backend of every op holds: run by tests/ops and, on a user's machine, by `fastvid selftest`."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from fastvid import ops
+from fastvid.testing import Subject, poisoned_memory
+
+ROOMS = ("nearest_codebook",)  # rooms whose ops have backends to choose from
+
+
+def subjects() -> list[Subject]:
+    """Every op that has laws."""
+    return [one for room in ROOMS for one in importlib.import_module(f"fastvid.kernels.{room}.cases").SUBJECTS]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One backend of one op on one device, and how much is asked of it.
+
+    shapes: sizes drawn at random; repeats: of one call whose bits are compared. seed: of both and of all values.
+    """
+
+    subject: Subject
+    backend: str
+    device: str = "cpu"
+    shapes: int = 200
+    repeats: int = 5
+    seed: int = 0
+
+    def make(self, case, dtype: torch.dtype) -> tuple:
+        return self.subject.make(case, self.device, dtype)
+
+    def call(self, args: tuple):
+        op = ops.OPS[self.subject.op]
+        return self.subject.call(lambda *given: op(*given, backend=self.backend), args)
+
+    def judged(self, case, dtype: torch.dtype) -> None:
+        args = self.make(case, dtype)
+        self.subject.judge(args, self.call(args))
+
+
+def why_not(subject: Subject, backend: str, device: str = "cpu") -> str | None:
+    """Why a backend does not serve an op on this device; None where it does."""
+    args = subject.make(subject.cases[0], device, subject.dtypes[0])
+    reason = ops.OPS[subject.op].reasons(*args, backend=backend).get(backend, "this op has no such backend")
+    return None if reason == "serves" else reason
+
+
+def named_sizes(bench: Bench) -> None:
+    """Right within the yardstick at every named size, in every dtype."""
+    for case in bench.subject.cases:
+        for dtype in bench.subject.dtypes:
+            with _told(case, dtype):
+                bench.judged(case, dtype)
+
+
+def random_shapes(bench: Bench) -> None:
+    """Right within the yardstick at sizes that nobody chose."""
+    random = Random(bench.seed)
+    for _ in range(bench.shapes):
+        case, dtype = bench.subject.drawn(random), random.choice(bench.subject.dtypes)
+        with _told(case, dtype):
+            bench.judged(case, dtype)
+
+
+def empty_batch(bench: Bench) -> None:
+    """No rows, no failure."""
+    if bench.subject.empty is not None:
+        bench.judged(bench.subject.empty, bench.subject.dtypes[0])
+
+
+def any_strides(bench: Bench) -> None:
+    """Right from arguments that are spread out in memory."""
+    for dtype in bench.subject.dtypes:
+        args = bench.make(bench.subject.cases[-1], dtype)
+        spread = tuple(_spread(a) if isinstance(a, Tensor) and a.ndim > 1 else a for a in args)
+        bench.subject.judge(args, bench.call(spread))
+
+
+def same_bits(bench: Bench) -> None:
+    """The same call gives the same bits every time."""
+    args = bench.make(bench.subject.cases[-1], bench.subject.dtypes[0])
+    first = bench.call(args)
+    for _ in range(bench.repeats):
+        same = all(torch.equal(a, b) for a, b in zip(first, bench.call(args), strict=True))
+        assert same, "two runs of one call differ"
+
+
+LAWS: tuple[Callable[[Bench], None], ...] = (named_sizes, random_shapes, empty_batch, any_strides, same_bits)
+
+
+def hold(bench: Bench) -> Iterator[tuple[str, str | None]]:
+    """Each law with None where it holds, or else what broke it; on poisoned memory, seeds set and restored."""
+    for law in LAWS:
+        with torch.random.fork_rng(), poisoned_memory():
+            torch.manual_seed(bench.seed)
+            try:
+                law(bench)
+            except Exception as broken:  # a backend may fail in any way; the others are still to be tried
+                yield law.__name__, f"{type(broken).__name__}: {broken}"
+            else:
+                yield law.__name__, None
+
+
+class _told:
+    """Names the case in the message of what fails inside."""
+
+    def __init__(self, case, dtype: torch.dtype):
+        self.where = f"{case} {str(dtype)[6:]}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, AssertionError):
+            raise AssertionError(f"{self.where}: {error}") from error
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """The same values, every second element of twice the memory, rows and columns swapped in it."""
+    wide = tensor.new_zeros(*tensor.shape[:-2], tensor.shape[-1] * 2, tensor.shape[-2] + 3).mT
+    wide[..., : tensor.shape[-2], ::2] = tensor
+    return wide[..., : tensor.shape[-2], ::2]
+
