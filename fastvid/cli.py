@@ -276,6 +276,28 @@ class Models:
         print("\n".join(list_models()) or "none")
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Say what was found: versions, libraries, GPUs, and for every op which backend serves and why others do not."""
+
+    def run(self) -> None:
+        """Print the findings. Raises nothing."""
+        from fastvid.doctor import findings
+
+        print("\n".join(findings()))
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """Check on this machine that every backend of every op does its job; takes less than a minute."""
+
+    def run(self) -> int:
+        """Print a line per op and backend. Returns 1 if one fails. Raises nothing."""
+        from fastvid.selftest import selftest
+
+        return selftest()
+
+
 Command = (
     Annotated[Predict, subcommand("predict")]
     | Annotated[Train, subcommand("train")]
@@ -283,6 +305,8 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Data, subcommand("data")]
     | Annotated[Models, subcommand("models")]
+    | Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Selftest, subcommand("selftest")]
 )
 
 
@@ -290,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     arguments: what follows `fastvid`; None takes the process's own.
-    Returns:   0, 2 for an error that the user can mend (one line on stderr), 130 after Ctrl-C.
+    Returns:   0, 1 if a self-test fails, 2 for an error that the user can mend (one line on stderr), 130 after Ctrl-C.
     Raises:    SystemExit for help and for arguments that do not parse (code 2); with FASTVID_TRACEBACK=1 the error
                itself.
     """
@@ -303,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
             Command, prog="fastvid", args=arguments, description="Fast latent video models.",
             config=(OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-        command.run()
+        return command.run() or 0
     except FastvidError as error:
         if os.environ.get("FASTVID_TRACEBACK") == "1":
             raise
@@ -314,7 +338,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("fastvid: interrupted.", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _say_trained(result) -> None:

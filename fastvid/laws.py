@@ -19,6 +19,11 @@ def subjects() -> list[Subject]:
     return [one for room in ROOMS for one in importlib.import_module(f"fastvid.kernels.{room}.cases").SUBJECTS]
 
 
+def devices() -> list[str]:
+    """The devices of this machine that ops can run on."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 @dataclass(frozen=True)
 class Bench:
     """One backend of one op on one device, and how much is asked of it.

@@ -185,7 +185,7 @@ def _predict_group(
     predictor: VideoPredictor, clips: list[SourceClip], request: _Request, out: Path
 ) -> list[dict[str, Any]]:
     given = torch.stack([clip.given for clip in clips])  # [B, 4, H, W, 3]
-    with _Bars(clips) as bars:
+    with _Bars(clips) as bars, ops.served() as backends:
         prediction = predictor.predict_codes(
             given.movedim(-1, 2).float().div(255), request.frames, request.samples, request.seed, request.temperature,
             progress=bars,
@@ -193,7 +193,7 @@ def _predict_group(
     reports = []
     for i, clip in enumerate(clips):
         future = prediction.frames[i].mul(255).round().clamp(0, 255).to(torch.uint8).movedim(2, -1)  # [S, n, H, W, 3]
-        report = _report(clip, i, future, prediction, request)
+        report = _report(clip, i, future, prediction, request, backends)
         _write(clip, future, report, out)
         print(_summary(clip, report, out))
         reports.append(report)
@@ -226,7 +226,7 @@ def _sheet(clip: SourceClip, future: Tensor) -> Tensor:
 
 
 def _report(
-    clip: SourceClip, index: int, future: Tensor, prediction: Prediction, request: _Request
+    clip: SourceClip, index: int, future: Tensor, prediction: Prediction, request: _Request, backends: dict[str, str]
 ) -> dict[str, Any]:
     *videos, sheet, _ = _files(clip, request.samples)
     drawn = {stage: codes for stage, codes in prediction.codes.items() if codes}
@@ -249,8 +249,7 @@ def _report(
         "seconds": {stage: round(seconds, 6) for stage, seconds in prediction.seconds.items()},
         "codes": drawn,
         "codes_per_second": {stage: round(codes / prediction.seconds[stage], 1) for stage, codes in drawn.items()},
-        # every room of kernels/ has this one backend so far
-        "backends": dict.fromkeys((name for name in ops.__all__ if name.islower() and name[-1] != "_"), "reference"),
+        "backends": dict.fromkeys(ops.REFERENCE_ONLY, "reference") | backends,
         "versions": {"fastvid": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": "cpu",
         "threads": torch.get_num_threads(),

@@ -38,9 +38,11 @@ STAIRCASE = [
     ("fastvid/metrics/*",       "metrics errors",                                  "torch"),
     ("fastvid/data/*",          "data errors",                                     "torch numpy av tqdm"),
     ("fastvid/train/*",         f"train {LOWER}",                                  "torch numpy safetensors tqdm"),
+    ("fastvid/doctor.py",       "laws ops models _native",                         "torch"),
+    ("fastvid/selftest.py",     "laws ops",                                        ""),
     ("fastvid/predict.py",      f"train {LOWER}",                                  "torch numpy tqdm"),
     ("fastvid/evaluate.py",     f"train {LOWER}",                                  "torch numpy tqdm"),
-    ("fastvid/cli*",            f"cli predict evaluate train _native testing {LOWER}", "torch tqdm tyro"),
+    ("fastvid/cli*",            f"cli predict evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
     ("fastvid/__main__.py",     "cli",                                             ""),
 ]  # fmt: skip
 # Optional packages, by the part that may import them; inside functions only, so that lacking one hurts nobody else.

@@ -24,6 +24,7 @@ OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
 
 _LIBRARY = torch.library.Library("fastvid", "DEF")
 _chosen: ContextVar[str] = ContextVar("fastvid_backend", default="")
+_record: ContextVar[dict[str, str] | None] = ContextVar("fastvid_served", default=None)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ def backend(*names: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextlib.contextmanager
+def served() -> Iterator[dict[str, str]]:
+    """Yields a dict that tells, for each op called while inside, the backend that served it last."""
+    record: dict[str, str] = {}
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
 
 
 def op(
@@ -171,7 +183,10 @@ class Op:
 
     def _run(self, *args, backend: str = ""):
         args = self._whole(args)
-        return self._in_schema_order(self._choose(args, backend).run(*args))
+        chosen, record = self._choose(args, backend), _record.get()
+        if record is not None:
+            record[self.name] = chosen.name
+        return self._in_schema_order(chosen.run(*args))
 
     def _in_schema_order(self, outputs: tuple | None) -> tuple | None:
         if self.result is None:

@@ -142,10 +142,11 @@ def nearest_codebook_ema_(
             f"{', '.join(str(tensor.dtype) for tensor in state)}; in half precision it stalls: use .float()."
         )
     K, D = codebook.shape
-    if cluster_size.shape != (K,) or counts.shape != (K,) or cluster_sum.shape != (K, D) or sums.shape != (K, D):
+    shapes = [list(tensor.shape) for tensor in (cluster_size, counts, cluster_sum, sums)]
+    if shapes != [[K], [K], [K, D], [K, D]]:
         raise ValueError(
             f"nearest_codebook_ema_: for a codebook {[K, D]} `cluster_size` and `counts` must be {[K]}, `cluster_sum` "
-            f"and `sums` {[K, D]}, got {', '.join(str(list(t.shape)) for t in (cluster_size, counts, cluster_sum, sums))}."
+            f"and `sums` {[K, D]}, got {', '.join(map(str, shapes))}."
         )
     if restart is not None and restart.shape != (K, D):
         raise ValueError(
