@@ -1,6 +1,7 @@
 """The native libraries, by ctypes: the one file that loads them, or remembers why not.
 
-Everything fastvid does also works without them, through torch. FASTVID_NATIVE=off leaves them alone.
+Everything fastvid does also works without them, through torch. FASTVID_NATIVE=off leaves them alone;
+FASTVID_ISA=generic, v2, v3 or v4 makes the CPU library use a lower instruction set level than the processor's best.
 """
 
 import ctypes
@@ -9,14 +10,25 @@ import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 1  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 2  # raised together with kernels/common/abi.cpp whenever a signature below changes
+
+POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 
 SIGNATURES = {
     "cpu": {
-        "fastvid_abi_version": (ctypes.c_int, ()),
-        "fastvid_cpu_isa": (ctypes.c_char_p, ()),
+        "fastvid_abi_version": (INT, ()),
+        "fastvid_cpu_isa": (TEXT, ()),
+        "fastvid_cpu_best_isa": (TEXT, ()),
+        "fastvid_cpu_use_isa": (INT, (TEXT,)),
+        "fastvid_nearest_codebook": (
+            INT,
+            # x, x_type, stride_xn, codebook, N, K, D
+            (POINTER, INT, SIZE, POINTER, SIZE, SIZE, SIZE,
+             # indices, quantized, squared_distance, counts, sums, nonfinite, threads, screen, rescored
+             POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT, POINTER),
+        ),
     },
-}
+}  # fmt: skip
 
 
 def load(name: str = "cpu") -> ctypes.CDLL | None:
@@ -44,7 +56,19 @@ def _open(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     built = library.fastvid_abi_version()
     if built != ABI_VERSION:
         return None, f"{path.name} has ABI {built}, this fastvid needs {ABI_VERSION}; build it again: pip install -e ."
-    return library, None
+    wrong = _use_isa(library) if name == "cpu" else None
+    return (None, wrong) if wrong else (library, None)
+
+
+def _use_isa(library: ctypes.CDLL) -> str | None:
+    wanted = os.environ.get("FASTVID_ISA", "")
+    if not wanted:
+        return None
+    best = library.fastvid_cpu_best_isa().decode()
+    outcome = library.fastvid_cpu_use_isa(wanted.encode())
+    reasons = {0: None, 2: f"is above this processor's level, which is {best}"}
+    reason = reasons.get(outcome, "is no level of this library; the levels are generic and, on x86-64, v2, v3 and v4")
+    return reason and f"FASTVID_ISA={wanted} {reason}; unset it to use the best"
 
 
 def _find(filename: str) -> Path | None:

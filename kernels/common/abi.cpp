@@ -1,23 +1,78 @@
-// What a loader must know before it calls anything else. Plain C ABI: no torch, no Python, no exceptions.
+// The C interface: what fastvid/_native.py sees of the library. Plain C: no torch, no Python, no exceptions.
+#include <atomic>
+#include <cstring>
+
+#include "nearest_codebook/cpu.h"
 
 #define FASTVID_API extern "C" __attribute__((visibility("default")))
 
-// Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 1; }
+namespace {
 
-// Best instruction set level that this processor and operating system can run.
-FASTVID_API const char* fastvid_cpu_isa(void) {
-#if defined(__x86_64__)
+struct Level {
+    const char* name;
+    fastvid::Outcome (*nearest_codebook)(const fastvid::NearestCall&);
+};
+
+// In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
+const Level levels[] = {
+    {"generic", fastvid::generic::nearest_codebook},
+#if defined(FASTVID_HAS_X86_LEVELS)
+    {"v2", fastvid::v2::nearest_codebook},
+    {"v3", fastvid::v3::nearest_codebook},
+    {"v4", fastvid::v4::nearest_codebook},
+#endif
+};
+
+int processor_rank() {
+#if defined(FASTVID_HAS_X86_LEVELS)
     __builtin_cpu_init();
-    // the levels are spelled out by feature because clang before 16 and gcc before 12 know no level names here
+    // spelled out by feature because clang before 16 and gcc before 12 know no level names here
     const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
     const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    return v4 ? "x86-64-v4" : v3 ? "x86-64-v3" : v2 ? "x86-64-v2" : "generic";
+    return v4 ? 3 : v3 ? 2 : v2 ? 1 : 0;
 #else
-    return "generic";
+    return 0;
 #endif
+}
+
+std::atomic<const Level*> chosen{&levels[processor_rank()]};
+
+}  // namespace
+
+// Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
+FASTVID_API int fastvid_abi_version(void) { return 2; }
+
+// The instruction set level in use: "generic", "v2", "v3" or "v4".
+FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
+
+// The best level that this processor and operating system can run.
+FASTVID_API const char* fastvid_cpu_best_isa(void) { return levels[processor_rank()].name; }
+
+// Uses another level from now on. 0: done; 1: no such level in this library; 2: the processor cannot run it.
+FASTVID_API int fastvid_cpu_use_isa(const char* name) {
+    int rank = 0;
+    for (const Level& level : levels) {
+        if (!std::strcmp(level.name, name)) {
+            if (rank > processor_rank()) return 2;
+            chosen.store(&level);
+            return 0;
+        }
+        ++rank;
+    }
+    return 1;
+}
+
+// See nearest_codebook/cpu.h for the arguments and the outcome.
+FASTVID_API int fastvid_nearest_codebook(const void* x, int x_type, int64_t stride_xn, const float* codebook, int64_t N,
+                                         int64_t K, int64_t D, int64_t* indices, void* quantized,
+                                         float* squared_distance, int64_t* counts, float* sums, int64_t* nonfinite,
+                                         int threads, int screen, int64_t* rescored) {
+    if (N < 0 || K < 1 || D < 1 || threads < 1 || screen < 0 || screen > fastvid::SCREEN_NONE || !counts != !sums)
+        return fastvid::BAD_ARGUMENT;
+    return chosen.load()->nearest_codebook({x, x_type, stride_xn, codebook, N, K, D, indices, quantized,
+                                            squared_distance, counts, sums, nonfinite, threads, screen, rescored});
 }

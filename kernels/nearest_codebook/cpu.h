@@ -1,0 +1,46 @@
+// What one call of nearest_codebook is given, and the entry of every instruction set level.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvid {
+
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// How the codes that may be nearest are found. What comes out is the same, to the last bit.
+enum Screen : int32_t { SCREEN_AUTO = 0, SCREEN_INT16 = 1, SCREEN_FLOAT32 = 2, SCREEN_NONE = 3 };
+
+// 0, or what went wrong.
+enum Outcome : int32_t { DONE = 0, NO_MEMORY = 1, BAD_ARGUMENT = 2 };
+
+struct NearestCall {
+    const void* x;  // [N, D] of x_type, elements of a row side by side
+    int32_t x_type;
+    int64_t stride_xn;      // from row to row, in elements
+    const float* codebook;  // [K, D]
+    int64_t N, K, D;
+    int64_t* indices;         // [N]
+    void* quantized;          // [N, D] of x_type
+    float* squared_distance;  // [N]
+    int64_t* counts;          // [K], or null: no statistics
+    float* sums;              // [K, D], or null
+    int64_t* nonfinite;       // [1]
+    int32_t threads;
+    int32_t screen;
+    int64_t* rescored;  // [1] or null: codes whose distance was computed one by one
+};
+
+namespace generic {
+Outcome nearest_codebook(const NearestCall& call);
+}
+namespace v2 {
+Outcome nearest_codebook(const NearestCall& call);
+}
+namespace v3 {
+Outcome nearest_codebook(const NearestCall& call);
+}
+namespace v4 {
+Outcome nearest_codebook(const NearestCall& call);
+}
+
+}  // namespace fastvid

@@ -1,0 +1,195 @@
+// The screen: approximate scores of all codes with a proven bound on their error, so that only a few codes are left
+// whose distance has to be computed in full. README.md beside this file derives the bound.
+#pragma once
+
+#include "common/simd.h"
+
+namespace fastvid::FASTVID_LEVEL {
+namespace {
+
+constexpr int TILE_CODES = 2 * LANES;  // codes of a microkernel; two codes, `LANES` apart, share a slot of the scores
+constexpr float INFINITE = __builtin_inff();
+constexpr double UNIT = 0x1p-24;       // half the spacing of float32 at 1
+constexpr double LARGEST = 32766;      // of the norm of a quantised row or code: so no product overflows an int32
+constexpr double FARTHEST = 0x1p26;    // rows farther from the centre than this many codebook radii are not screened
+constexpr double NEAREST = 0x1p-40;    // rows nearer to it than this many radii are screened as if they were so far
+
+// The codebook as the screen reads it: moved by `centre`, scaled by a power of two so that the longest code has a norm
+// of about 1, and packed in tiles [tile][D / 2][TILE_CODES][2] int16 or [tile][D][TILE_CODES] float32.
+struct Panel {
+    int64_t K, D, tiles;
+    int64_t tile_bytes;
+    bool quantised;
+    void* packed;
+    float* half_norms;  // [tiles * TILE_CODES]; infinite for padding and for codes that are not finite
+    float* centre;      // [D]
+    float scale;        // power of two that x - centre is multiplied by
+    double radius;      // norm of the longest moved and scaled code, rounded up; 0: all codes are the same
+    double bound_per_norm, bound;  // error of a score <= bound_per_norm * |row| + bound
+};
+
+inline int64_t pairs_of(int64_t D) { return (D + 1) / 2; }
+
+inline bool finite_row(const float* row, int64_t D) {
+    float zero = 0;
+    for (int64_t d = 0; d < D; ++d) zero += row[d] * 0;
+    return zero == 0;
+}
+
+// Mean of the finite codes, and in `radius` the norm of the code that is farthest from it.
+inline void measure(Panel& panel, const float* codebook, double* mean) {
+    const int64_t K = panel.K, D = panel.D;
+    int64_t finite = 0;
+    for (int64_t d = 0; d < D; ++d) mean[d] = 0;
+    for (int64_t k = 0; k < K; ++k) {
+        const float* code = codebook + k * D;
+        if (!finite_row(code, D)) continue;
+        ++finite;
+        for (int64_t d = 0; d < D; ++d) mean[d] += code[d];
+    }
+    for (int64_t d = 0; d < D; ++d) panel.centre[d] = finite ? (float)(mean[d] / (double)finite) : 0;
+    double longest = 0;
+    for (int64_t k = 0; k < K; ++k) {
+        const float* code = codebook + k * D;
+        if (!finite_row(code, D)) continue;
+        double square = 0;
+        for (int64_t d = 0; d < D; ++d) square += ((double)code[d] - panel.centre[d]) * ((double)code[d] - panel.centre[d]);
+        longest = square > longest ? square : longest;
+    }
+    panel.radius = __builtin_sqrt(longest) * (1 + 1e-9);
+}
+
+inline void set_scale_and_bound(Panel& panel) {
+    const int exponent = panel.radius > 0 ? __builtin_ilogb(panel.radius) : 0;
+    panel.scale = (float)__builtin_ldexp(1, -(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent));
+    panel.radius *= panel.scale;
+    const double D = (double)panel.D, E = panel.radius;
+    const double rounding = panel.quantised ? 10 * UNIT : (D + 12) * UNIT;
+    const double quantising = panel.quantised ? 1.004 * __builtin_sqrt(D) / LARGEST + 0.2521 * D / (LARGEST * LARGEST) : 0;
+    panel.bound_per_norm = 1.01 * E * (quantising + rounding);
+    panel.bound = 1.01 * 2 * UNIT * E * E;
+}
+
+// Packs one tile. `moved` is scratch of D.
+inline void pack_tile(const Panel& panel, const float* codebook, int64_t tile) {
+    const int64_t D = panel.D;
+    auto* packed = (char*)panel.packed + tile * panel.tile_bytes;
+    __builtin_memset(packed, 0, (size_t)panel.tile_bytes);
+    const double steps = panel.radius > 0 ? LARGEST / panel.radius : 0;
+    for (int64_t c = 0; c < TILE_CODES; ++c) {
+        const int64_t k = tile * TILE_CODES + c;
+        panel.half_norms[k] = INFINITE;
+        if (k >= panel.K || !finite_row(codebook + k * D, D)) continue;
+        double square = 0;
+        for (int64_t d = 0; d < D; ++d) {
+            const double moved = ((double)codebook[k * D + d] - panel.centre[d]) * panel.scale;
+            square += moved * moved;
+            if (panel.quantised)
+                ((int16_t*)packed)[(d / 2 * TILE_CODES + c) * 2 + d % 2] = (int16_t)__builtin_lrint(moved * steps);
+            else
+                ((float*)packed)[d * TILE_CODES + c] = (float)moved;
+        }
+        panel.half_norms[k] = (float)(square / 2);
+    }
+}
+
+// Writes for TILE_ROWS rows and `tiles` tiles, in each slot, the smaller score of two codes. `rows`: int16 pairs.
+inline void score_int16(const int16_t* rows, int64_t row_stride, const char* packed, int64_t D, int64_t tiles,
+                        const float* half_norms, const float* factors, float* slots, int64_t slot_stride) {
+    const int64_t pairs = pairs_of(D);
+    const char* code = packed;
+    for (int64_t tile = 0; tile < tiles; ++tile, half_norms += TILE_CODES) {
+        Ints dot[TILE_ROWS][2] = {};
+        for (int64_t p = 0; p < pairs; ++p, code += 2 * VECTOR_BYTES) {
+            const Shorts left = load<Shorts>(code), right = load<Shorts>(code + VECTOR_BYTES);
+#pragma GCC unroll 12
+            for (int i = 0; i < TILE_ROWS; ++i) {
+                int32_t pair;
+                __builtin_memcpy(&pair, rows + i * row_stride + 2 * p, sizeof pair);
+                dot[i][0] += multiply_pairs(pair, left);
+                dot[i][1] += multiply_pairs(pair, right);
+            }
+        }
+        const Floats left = load<Floats>(half_norms), right = load<Floats>(half_norms + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_ROWS; ++i) {
+            const Floats factor = repeat(factors[i]);  // negative
+            const Floats a = multiply_add(__builtin_convertvector(dot[i][0], Floats), factor, left);
+            const Floats b = multiply_add(__builtin_convertvector(dot[i][1], Floats), factor, right);
+            store(slots + i * slot_stride + tile * LANES, smaller(a, b));
+        }
+    }
+}
+
+// The same in float32; `rows` are moved and scaled.
+inline void score_float32(const float* rows, int64_t row_stride, const char* packed, int64_t D, int64_t tiles,
+                          const float* half_norms, float* slots, int64_t slot_stride) {
+    const char* code = packed;
+    for (int64_t tile = 0; tile < tiles; ++tile, half_norms += TILE_CODES) {
+        Floats dot[TILE_ROWS][2] = {};
+        for (int64_t d = 0; d < D; ++d, code += 2 * VECTOR_BYTES) {
+            const Floats left = load<Floats>(code), right = load<Floats>(code + VECTOR_BYTES);
+#pragma GCC unroll 12
+            for (int i = 0; i < TILE_ROWS; ++i) {
+                const Floats value = repeat(rows[i * row_stride + d]);
+                dot[i][0] = multiply_add(value, left, dot[i][0]);
+                dot[i][1] = multiply_add(value, right, dot[i][1]);
+            }
+        }
+        const Floats left = load<Floats>(half_norms), right = load<Floats>(half_norms + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_ROWS; ++i)
+            store(slots + i * slot_stride + tile * LANES, smaller(left - dot[i][0], right - dot[i][1]));
+    }
+}
+
+constexpr int MOST_KEPT = 24;
+
+// What is known of one row while tiles pass by: its best score so far, and the slots within the margin of it.
+struct Kept {
+    float best;
+    float margin;  // twice the bound
+    int32_t count;
+    bool all;  // more than fit, or a row that cannot be screened: every code is to be looked at
+    int64_t slot[MOST_KEPT];
+    float score[MOST_KEPT];
+};
+
+inline void keep(Kept& kept, int64_t slot, float score, float limit) {
+    if (kept.count == MOST_KEPT) {
+        kept.count = 0;
+        for (int i = 0; i < MOST_KEPT; ++i) {
+            if (kept.score[i] > limit) continue;
+            kept.slot[kept.count] = kept.slot[i];
+            kept.score[kept.count++] = kept.score[i];
+        }
+        if (kept.count == MOST_KEPT) {
+            kept.all = true;
+            return;
+        }
+    }
+    kept.slot[kept.count] = slot;
+    kept.score[kept.count++] = score;
+}
+
+// Takes the scores of `tiles` tiles, the first of which has slot number `first`, into account.
+inline void sift(Kept& kept, const float* slots, int64_t tiles, int64_t first) {
+    if (kept.all) return;
+    Floats least = load<Floats>(slots);
+    for (int64_t t = 1; t < tiles; ++t) least = smaller(least, load<Floats>(slots + t * LANES));
+    const float best = smallest_lane(least);
+    kept.best = best < kept.best ? best : kept.best;
+    if (kept.best == INFINITE) return;
+    const float limit = kept.best + kept.margin;
+    if (best > limit) return;
+    for (int64_t t = 0; t < tiles; ++t) {
+        uint32_t bits = lanes_at_most(load<Floats>(slots + t * LANES), repeat(limit));
+        for (; bits && !kept.all; bits &= bits - 1) {
+            const int64_t slot = t * LANES + __builtin_ctz(bits);
+            keep(kept, first + slot, slots[slot], limit);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fastvid::FASTVID_LEVEL
