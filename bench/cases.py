@@ -19,7 +19,8 @@ from timing import Contestant, GateError, Race, Times, run_race, threads
 
 @dataclass(frozen=True)
 class Case:
-    """goal: the least ratio wanted per peer, None where none is set. threads: None takes torch's as found."""
+    """goal: the least ratio wanted per peer, None where none is set. threads: None takes torch's as found.
+    extra_limit: the most bytes that ours may hold beyond inputs and outputs, None where none is set."""
 
     name: str
     size: str
@@ -28,10 +29,11 @@ class Case:
     open: Callable[[], Race]
     missing: Callable[[], str | None] = lambda: None
     threads: int | None = None
+    extra_limit: int | None = None
 
-    def one_thread(self) -> "Case":
-        """The same with one thread for every contestant."""
-        return replace(self, name=f"{self.name}_1t", threads=1)
+    def one_thread(self, **goal: float | None) -> "Case":
+        """The same with one thread for every contestant, and with other goals where given."""
+        return replace(self, name=f"{self.name}_1t", threads=1, goal=self.goal | goal)
 
 
 def _sampling(device: str) -> Race:
@@ -52,6 +54,12 @@ def _predict_missing() -> str | None:
     return predict_missing()
 
 
+def _vq(name: str) -> Race:
+    import vq_cases
+
+    return vq_cases.vq_race(getattr(vq_cases, name))
+
+
 def _no_cuda() -> str | None:
     import torch
 
@@ -70,7 +78,35 @@ SMALL_GPU = Case(
     "sample_gpu_small", SMALL_SIZE, "plan", {"naive": None, "cached": None}, open=lambda: _sampling("cuda"),
     missing=_no_cuda,
 )  # fmt: skip
-CASES = [SMALL_CPU, SMALL_CPU.one_thread(), DEMO_CPU, DEMO_CPU.one_thread(), SMALL_GPU]
+VQ_512 = Case(
+    "vq_ema_cpu_512", "N=131072 K=512 D=64, fp32, train + EMA", "fastvid",
+    {"vector-quantize-pytorch": 30.0, "torch": 2.5, "faiss": 1.3}, open=lambda: _vq("CPU_512"),
+    extra_limit=131072 * 512 * 4 // 100,
+)  # fmt: skip
+VQ_8192 = Case(
+    "vq_ema_cpu_8192", "N=16384 K=8192 D=64, fp32, train + EMA", "fastvid",
+    {"vector-quantize-pytorch": 45.0, "torch": 6.0, "faiss": 2.0}, open=lambda: _vq("CPU_8192"),
+    extra_limit=16384 * 8192 * 4 // 100,
+)  # fmt: skip
+PAPER_PEERS = {"vector-quantize-pytorch": 60.0, "torch": None, "torch.compile": 8.0, "flash-kmeans": 1.5}
+VQ_PAPER = Case(
+    "vq_ema_gpu_paper", "N=524288 K=512 D=64, fp32, train + EMA", "fastvid", PAPER_PEERS,
+    open=lambda: _vq("GPU_PAPER"), missing=_no_cuda, extra_limit=524288 * 512 * 4 // 100,
+)  # fmt: skip
+VQ_PAPER_BF16 = Case(
+    "vq_ema_gpu_paper_bf16", "N=524288 K=512 D=64, bf16, train + EMA", "fastvid", PAPER_PEERS,
+    open=lambda: _vq("GPU_PAPER_BF16"), missing=_no_cuda, extra_limit=524288 * 512 * 4 // 100,
+)  # fmt: skip
+VQ_16K = Case(
+    "vq_gpu_16k", "N=1048576 K=16384 D=256, bf16, lookup", "fastvid",
+    {"torch": None, "flash-kmeans": None, "flashlib": 1.2}, open=lambda: _vq("GPU_16K"), missing=_no_cuda,
+    extra_limit=100_000_000,
+)  # fmt: skip
+CASES = [
+    VQ_512, VQ_512.one_thread(**{"vector-quantize-pytorch": 40.0}), VQ_8192, VQ_8192.one_thread(),
+    SMALL_CPU, SMALL_CPU.one_thread(), DEMO_CPU, DEMO_CPU.one_thread(),
+    VQ_PAPER, VQ_PAPER_BF16, VQ_16K, SMALL_GPU,
+]  # fmt: skip
 
 
 def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -89,18 +125,19 @@ def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: Non
         except GateError as error:
             return _entry(case, f"failed: {error}", threads=count)
         times = run_race(race, rounds, tell)
-        floor = race.floor() if race.floor else None
+        floor, counted = race.floor() if race.floor else (None, None)
     rows = [_row(contestant, times.get(contestant.name)) for contestant in race.contestants]
-    return _entry(case, "ok", rows, floor, threads=count, checked=checked)
+    return _entry(case, "ok", rows, floor, floor_from=counted, threads=count, checked=checked)
 
 
 def _row(contestant: Contestant, times: Times | None) -> dict[str, Any]:
     row: dict[str, Any] = {"name": contestant.name}
     if times is not None:
         row |= {"median_s": times.median, "min_s": min(times.seconds), "max_s": max(times.seconds)}
-        row |= {"runs": len(times.seconds), "peak_bytes": times.peak_bytes}
+        row |= {"runs": len(times.seconds), "peak_bytes": times.peak_bytes, "extra_bytes": times.extra_bytes}
     else:
-        row |= dict.fromkeys(("median_s", "min_s", "max_s"), contestant.given) | {"runs": 0, "peak_bytes": None}
+        row |= dict.fromkeys(("median_s", "min_s", "max_s"), contestant.given)
+        row |= {"runs": 0, "peak_bytes": None, "extra_bytes": None}
     if contestant.given is not None:
         row["given"] = True
     elif times is None:
@@ -115,4 +152,5 @@ def _entry(case: Case, check: str, rows=(), floor=None, **beside) -> dict[str, A
     ours = medians.get(case.ours)
     ratio = {peer: medians[peer] / ours if ours and medians.get(peer) else None for peer in case.goal}
     entry = {"case": case.name, "size": case.size, "check": check, "contestants": list(rows), "ratio": ratio}
-    return entry | {"floor_s": floor, "goal": dict(case.goal), "ours": case.ours} | beside
+    entry |= {"floor_s": floor, "goal": dict(case.goal), "ours": case.ours}
+    return entry | ({"extra_limit_bytes": case.extra_limit} if case.extra_limit else {}) | beside

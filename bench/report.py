@@ -2,9 +2,11 @@
 
 import html
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+BLUE, GREY, RED = "#4477aa", "#aab4be", "#cc3311"
 COLUMNS = ("contestant", "median", "min", "max", "runs", "peak", "ratio", "goal")
 
 
@@ -32,24 +34,35 @@ def table(case: dict[str, Any]) -> list[tuple[str, ...]]:
         keys = ("median_s", "min_s", "max_s")
         words = [f"missing: {missing}"] if missing else [seconds(row[key]) for key in keys]
         ratio_word = "ours" if name == case["ours"] else "" if ratio is None else times(ratio)
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f} MiB"
+        peak = "" if row["peak_bytes"] is None else mebibytes(row["peak_bytes"])
         words += [""] * (3 - len(words))
         found.append((name, *words, str(row["runs"] or ""), peak, ratio_word, verdict))
     return found
 
 
 def notes(case: dict[str, Any]) -> list[str]:
-    """What the table cannot hold: scaled and given times, and the floor."""
+    """What the table cannot hold: scaled and given times, memory beyond inputs and outputs, and the floor."""
     lines = []
     for row in case["contestants"]:
         if "scaled_from" in row:
             lines.append(f"  {row['name']}: {row['scaled_from']} codes a run, spread over the grid, scaled up to all")
         if row.get("given"):
             lines.append(f"  {row['name']}: a given time, not a program's")
-    ours = next(row["median_s"] for row in case["contestants"] if row["name"] == case["ours"])
-    if case["floor_s"] and ours:
-        lines.append(f"  floor {seconds(case['floor_s'])}: {case['ours']} runs at {case['floor_s'] / ours:.2%} of it")
+    ours = next(row for row in case["contestants"] if row["name"] == case["ours"])
+    limit, extra = case.get("extra_limit_bytes"), ours.get("extra_bytes")
+    if limit and extra is not None:
+        verdict = "met" if extra <= limit else "missed"
+        lines.append(f"  memory beyond inputs and outputs: {mebibytes(extra)} of at most {mebibytes(limit)}, {verdict}")
+    if case["floor_s"] and ours["median_s"]:
+        share = case["floor_s"] / ours["median_s"]
+        counted = f" ({case['floor_from']})" if case.get("floor_from") else ""
+        lines.append(f"  floor {seconds(case['floor_s'])}{counted}: {case['ours']} reaches {share:.3g} of it")
     return lines
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / 2**20:.1f} MiB"
 
 
 def seconds(value: float) -> str:
@@ -100,25 +113,45 @@ def write_plot(results: dict[str, Any], path: Path) -> None:
     """A PNG with the ratio to each peer on a log scale, goals as ticks. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    bars = [
-        (f"{case['case']}\nvs {peer}", ratio, case["goal"][peer])
-        for case in results["cases"] for peer, ratio in case["ratio"].items() if ratio is not None
-    ]  # fmt: skip
-    figure = Figure(figsize=(8, 1.2 + 0.6 * max(1, len(bars))), layout="constrained")
+    lines = list(_lines(results))
+    figure = Figure(figsize=(9, 1.3 + 0.32 * max(3, len(lines))), layout="constrained")
     axes = figure.add_subplot()
-    for i, (_, ratio, goal) in enumerate(bars):
-        axes.barh(i, ratio - 1, left=1, color="#4477aa")  # from 1, where both are equally fast
-        axes.annotate(f" {times(ratio)}", (ratio, i), va="center")
+    values = [value for _, ratio, goal in lines for value in (ratio, goal) if value is not None] + [1.0]
+    least, most = min(values) / 2.5, max(values) * 2.5  # room for the figures beside the bars
+    for i, (_, ratio, goal) in enumerate(lines):
+        if ratio is None:
+            continue
+        met = goal is None or ratio >= goal
+        axes.barh(i, ratio - 1, left=1, height=0.72, color=BLUE if met else GREY)  # from 1, where both are equally fast
+        side = {"ha": "left", "xytext": (4, 0)} if ratio >= 1 else {"ha": "right", "xytext": (-4, 0)}
+        axes.annotate(times(ratio), (ratio, i), va="center", fontsize=9, textcoords="offset points", **side)
         if goal is not None:
-            axes.plot([goal, goal], [i - 0.4, i + 0.4], color="#cc3311")
-    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+            axes.plot([goal, goal], [i - 0.42, i + 0.42], color=RED, linewidth=2)
+    axes.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=9)
+    for label, (_, ratio, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if ratio is None else "normal")
+    axes.tick_params(axis="y", length=0)
     axes.set_xscale("log")
+    axes.set_xlim(least, most)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.margins(x=0.2)
-    axes.invert_yaxis()
-    axes.set_xlabel("peer's time over ours (red: goal)")
-    axes.set_title(results["device"])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("peer's time over ours; red: goal, grey: goal missed")
+    axes.set_title(results["device"], fontsize=11)
     figure.savefig(path, dpi=120)
+
+
+def _lines(results: dict[str, Any]) -> Iterator[tuple[str, float | None, float | None]]:
+    """A line of the plot for each case that has a ratio, then one for each peer: label, ratio, goal."""
+    for case in results["cases"]:
+        ratios = {peer: ratio for peer, ratio in case["ratio"].items() if ratio is not None}
+        if ratios:
+            yield case["case"], None, None
+        for peer, ratio in ratios.items():
+            yield f"against {peer}", ratio, case["goal"][peer]
 
 
 def _align(column: int, word: str, width: int) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from cached_pixelcnn import CachedPixelCNN, sample_cached
-from timing import Contestant, GateError, Race, matmul_rate, threads
+from peak import floor
+from timing import Contestant, GateError, Race, threads
 from torch import Tensor
 
 from fastvid import ops
@@ -56,7 +57,7 @@ def sampling_race(
             Contestant("cached", lambda given: _cached_codes(stack, given)),
             Contestant("plan", lambda given: sample(stack, given.condition, given.noise)),
         ],
-        floor=lambda: 2.0 * _weights(stack) * total / matmul_rate(device),
+        floor=lambda: floor(2.0 * _weights(stack) * total, 0.0, device, torch.get_num_threads()),
         device=device,
     )
 

@@ -39,16 +39,18 @@ class Race:
     gate: Callable[[], str]
     inputs: Callable[[int], Any]
     contestants: list[Contestant]
-    floor: Callable[[], float] | None = None  # seconds that the physics of this machine ask for at least
+    floor: Callable[[], tuple[float, str]] | None = None  # least seconds on this machine, and how they were counted
     device: str = "cpu"
 
 
 @dataclass
 class Times:
-    """Seconds of one contestant, one per round, and the most bytes it held beyond those before it ran."""
+    """Seconds of one contestant, one per round; the most bytes it held beyond those before it ran, and beyond those and
+    what it returned."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    extra_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -69,7 +71,8 @@ def run_race(race: Race, rounds: int, tell: Callable[[str], None] = lambda _: No
             tell(f"{'memory' if number == 0 else f'round {number} of {rounds}'}: {contestant.name}")
             work = functools.partial(contestant.run, inputs)
             if number == 0:
-                times[contestant.name].peak_bytes = peak_growth(work, race.device)
+                held = times[contestant.name]
+                held.peak_bytes, held.extra_bytes = peak_growth(work, race.device)
                 continue
             seconds = seconds_of(work, race.device)
             scale = contestant.whole / contestant.scaled_from if contestant.scaled_from else 1.0
@@ -87,10 +90,11 @@ def seconds_of(work: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:
+def peak_growth(work: Callable[[], Any], device: str = "cpu") -> tuple[int | None, int | None]:
     """Bytes by which one call raises the memory in use, at its peak: allocated on a GPU, resident on a CPU.
 
-    None where the system cannot say (resident peaks can be started afresh on Linux alone).
+    Returns them with and without what the call returned. Memory that it keeps for the next call is not in the figure if
+    an earlier call took it. None where the system cannot say (resident peaks can be started afresh on Linux alone).
     """
     gc.collect()
     if device == "cuda":
@@ -98,13 +102,24 @@ def peak_growth(work: Callable[[], Any], device: str = "cpu") -> int | None:
 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
+        result = work()
         _wait(device)
-        return torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - before
+        return peak, max(0, peak - returned_bytes(result))
     _return_free_memory()
     before = _restart_resident_peak()
-    work()
-    return None if before is None else max(0, _status("VmHWM") - before)
+    result = work()
+    if before is None:
+        return None, None
+    peak = max(0, _status("VmHWM") - before)
+    return peak, max(0, peak - returned_bytes(result))
+
+
+def returned_bytes(result: Any) -> int:
+    """Bytes of the tensors and arrays in a result, or in its tuples and lists."""
+    if isinstance(result, (tuple, list)):
+        return sum(map(returned_bytes, result))
+    return getattr(result, "nbytes", 0)
 
 
 @contextmanager
@@ -118,16 +133,6 @@ def threads(count: int | None) -> Iterator[int]:
         yield count or found
     finally:
         torch.set_num_threads(found)
-
-
-def matmul_rate(device: str = "cpu") -> float:
-    """Float32 operations a second of this machine's own large matrix product, at the current threads, at its best."""
-    import torch
-
-    size = 1024 if device == "cpu" else 8192
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    seconds_of(lambda: a @ b, device)
-    return 2.0 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(20))
 
 
 def _wait(device: str) -> None:
