@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastvid.kernels.nearest_codebook import reference
 from fastvid.kernels.nearest_codebook.reference import Nearest
+from fastvid.ops import _cpu
 from fastvid.ops._op import Backend, never, op, triton
 
 PRECISIONS = ("exact", "tf32", "bf16")
@@ -61,6 +62,7 @@ def _not_triton(x: Tensor, codebook: Tensor, statistics: bool, precision: str) -
     " Tensor indices, Tensor squared_distance, Tensor counts, Tensor sums, Tensor nonfinite)",
     backends=[
         triton("nearest_codebook", "nearest_codebook", _not_triton),
+        Backend("cpu", _cpu.nearest_codebook, _cpu.why_not),
         Backend("reference", reference.nearest_codebook, never),
     ],
     fake=_fake,
