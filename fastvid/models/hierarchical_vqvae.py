@@ -27,7 +27,7 @@ class VQVAEConfig:
     commitment_weight: float = 0.25
     mask_probability: float = 0.25  # per clip: the decoder must make do with the top level
     reconstruction_variance: float = 1.0  # the squared error is divided by it
-    dead_below: float = 0.05
+    dead_below: float = 0.05  # rows per batch under which a code is moved elsewhere
 
 
 class VQVAEOutput(NamedTuple):
@@ -104,8 +104,8 @@ class HierarchicalVQVAE(nn.Module):
                      do with the top ones, as it does for the clips whose bottom level training masks.
         Returns:     [B, 3, T, H, W], clamped to [0, 1].
         """
-        coarse = self.upsample_top(_channels_first(self.quantize_top.lookup(top)))  # [B, D, T/2, H/4, W/4]
-        fine = torch.zeros_like(coarse) if bottom is None else _channels_first(self.quantize_bottom.lookup(bottom))
+        coarse = self.upsample_top(_codes(self.quantize_top, top))  # [B, D, T/2, H/4, W/4]
+        fine = torch.zeros_like(coarse) if bottom is None else _codes(self.quantize_bottom, bottom)
         return (self.decode_both(torch.cat([coarse, fine], dim=1)) + 0.5).clamp(0, 1)
 
     def _quantize(self, video: Tensor) -> "tuple[_Level, _Level, Tensor]":
@@ -121,8 +121,9 @@ class HierarchicalVQVAE(nn.Module):
     def _quantizer(self) -> VectorQuantize:
         c = self.config
         return VectorQuantize(
-            c.code_width, c.codes, decay=c.decay, commitment_weight=c.commitment_weight, dead_below=c.dead_below
-        )
+            c.code_width, c.codes, decay=c.decay, commitment_weight=c.commitment_weight, accept_3d_fmap=True,
+            threshold_ema_dead_code=c.dead_below, draw="distance", rotation_trick=False,
+        )  # fmt: skip
 
 
 class _Level(NamedTuple):
@@ -131,16 +132,16 @@ class _Level(NamedTuple):
 
 
 def _quantize_level(quantizer: VectorQuantize, features: Tensor) -> tuple[_Level, Tensor]:
-    quantized, indices, loss = quantizer(features.movedim(1, -1))
-    return _Level(_channels_first(quantized), indices), loss
+    quantized, indices, loss = quantizer(features)
+    return _Level(quantized.contiguous(), indices), loss
+
+
+def _codes(quantizer: VectorQuantize, indices: Tensor) -> Tensor:
+    return quantizer.get_codes_from_indices(indices).contiguous()  # [B, D, T, H, W]
 
 
 def _residual_stack(config: VQVAEConfig) -> list[nn.Module]:
     return [ResidualBlock3d(config.hidden, config.residual) for _ in range(config.blocks)] + [nn.ReLU()]
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.movedim(-1, 1).contiguous()
 
 
 def _check_video(video: Tensor) -> None:

@@ -1,107 +1,252 @@
 """Vector quantisation with a codebook that follows the data by moving averages."""
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fastvid import ops
+from fastvid.nn.codebook import Codebook
+from fastvid.nn.options import VECTOR_QUANTIZE, VECTOR_QUANTIZE_FORWARD, refuse
+from fastvid.nn.through import rotated_through, straight_through
 
-SEED_ROWS = 8192  # rows of the first batch that the start chooses from
+
+class LossBreakdown(NamedTuple):
+    """The parts of the loss before their weights; only the commitment is ever other than 0 here."""
+
+    commitment: Tensor
+    codebook_diversity: Tensor
+    orthogonal_reg: Tensor
+    inplace_optimize: Tensor
 
 
 class VectorQuantize(nn.Module):
     """Replaces every row by its nearest code; the codebook is the moving average of the rows it stands for.
 
-    The first training batch seeds the codebook with rows drawn from it, each counted once. A code whose moving
-    count falls below `dead_below` is reborn at a row of the batch, its count and sum with it. Every draw is in
-    proportion to a row's squared distance from the nearest code, so that a common row is not drawn again and again.
-    State is float32.
+    Takes the place of vector-quantize-pytorch's layer: its words, its returns, its numbers, its state dict. The options
+    that it does not take are listed in fastvid.nn.options, each with what to do instead. A row that holds a NaN or an
+    infinity gets code 0 and never moves a codebook.
 
-    dim, codebook_size: D and K.
-    decay:              share of the old state kept per batch.
-    commitment_weight:  factor of the returned loss.
-    dead_below:         rows per batch under which a code counts as dead; 0 never restarts.
-    Source:             van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Razavi et al. 2019, arXiv:1906.00446;
-                        Arthur and Vassilvitskii 2007 (k-means++) for the draw.
+    dim, codebook_size: width of the input, and K. codebook_dim: D, of each head; projections lead there and back if
+                        heads * D is not `dim`.
+    decay, eps:         share of the old state kept per batch; Laplace smoothing of the counts. State is float32.
+    kmeans_init:        the first batch starts the codebook by `kmeans_iters` steps of k-means.
+    use_cosine_sim:     rows and codes are compared at length 1.
+    threshold_ema_dead_code: a code whose moving count falls below becomes a row of the batch, and its count this.
+    channel_last, accept_image_fmap, accept_3d_fmap: [B, ..., dim], or [B, dim, N] / [B, dim, H, W] / [B, dim, T, H, W].
+    commitment_weight:  of the returned loss. freeze_codebook: look up, never learn.
+    rotation_trick:     how the gradient passes; None is True where dim > 1, False straight through.
+    sync_codebook:      sum statistics over the processes of torch.distributed; None where there are several.
+    draw:               ours. "uniform" draws rows as the popular layer does. "distance" draws them in proportion to
+                        their squared distance from the nearest code, starts from the first training batch (and k-means,
+                        if asked for), and gives a reborn code a count of at least 1. On the CPU uniform draws are the
+                        popular layer's own, seed for seed; on other devices, in compiled code and in distributed
+                        training they are as fair, but made without waiting for the device.
+    Raises:             NotImplementedError for an option that is not taken, TypeError for an unknown one.
+    Source:             van den Oord et al. 2017, arXiv:1711.00937; Razavi et al. 2019, arXiv:1906.00446; Fifty et al.
+                        2024, arXiv:2410.06424, for the rotation.
     """
 
     def __init__(
-        self, dim: int, codebook_size: int, decay: float = 0.99, commitment_weight: float = 0.25,
-        eps: float = 1e-5, dead_below: float = 0.05,
+        self, dim: int, codebook_size: int, codebook_dim: int | None = None, heads: int = 1,
+        separate_codebook_per_head: bool = False, decay: float = 0.8, eps: float = 1e-5,
+        freeze_codebook: bool = False, kmeans_init: bool = False, kmeans_iters: int = 10, sync_kmeans: bool = True,
+        use_cosine_sim: bool = False, layernorm_after_project_in: bool = False, threshold_ema_dead_code: float = 0,
+        channel_last: bool = True, accept_image_fmap: bool = False, accept_3d_fmap: bool = False,
+        commitment_weight: float = 1.0, *, rotation_trick: bool | None = None, sync_codebook: bool | None = None,
+        return_zeros_for_masked_padding: bool = True, route_gradients_to_input: bool = True, draw: str = "uniform",
+        **others,
     ):
         super().__init__()
-        self.dim, self.codebook_size = dim, codebook_size
-        self.decay, self.commitment_weight, self.eps, self.dead_below = decay, commitment_weight, eps, dead_below
-        self.register_buffer("codebook", torch.randn(codebook_size, dim))
-        self.register_buffer("cluster_size", torch.ones(codebook_size))
-        self.register_buffer("cluster_sum", self.codebook.clone())
-        self.register_buffer("started", torch.tensor(False))
+        refuse("VectorQuantize", VECTOR_QUANTIZE, others | {"sync_kmeans": sync_kmeans})
+        if draw not in ("uniform", "distance"):
+            raise ValueError(f"VectorQuantize: `draw` must be 'uniform' or 'distance', got {draw!r}.")
+        self.dim, self.codebook_size, self.heads = dim, codebook_size, heads
+        self.codebook_dim = dim if codebook_dim is None else codebook_dim
+        self.separate_codebook_per_head, self.freeze_codebook = separate_codebook_per_head, freeze_codebook
+        self.channel_last, self.accept_image_fmap = channel_last, accept_image_fmap
+        self.accept_3d_fmap, self.commitment_weight = accept_3d_fmap, commitment_weight
+        self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.route_gradients_to_input = route_gradients_to_input
+        inner = self.codebook_dim * heads
+        self.has_projections = inner != dim
+        self.project_in = self.project_out = nn.Identity()
+        if self.has_projections:
+            self.project_in = nn.Linear(dim, inner)
+            if layernorm_after_project_in:
+                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
+            self.project_out = nn.Linear(inner, dim)
+        dead_below = threshold_ema_dead_code
+        self._codebook = Codebook(
+            self.codebook_dim, codebook_size, heads if separate_codebook_per_head else 1, decay=decay, eps=eps,
+            use_cosine_sim=use_cosine_sim, kmeans_iters=kmeans_iters if kmeans_init else 0, dead_below=dead_below,
+            reborn_size=max(1.0, dead_below) if draw == "distance" else dead_below, draw=draw,
+            sync=sync_codebook is not False,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise rows, straight-through; in training mode the codebook moves afterwards.
+    def forward(
+        self, x: Tensor, indices: None = None, mask: Tensor | None = None, lens: Tensor | None = None,
+        topk: None = None, sample_codebook_temp: None = None, freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False, codebook_transform_fn: None = None, ema_update_weight: None = None,
+        accum_ema_update: bool = False, ema_update: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Quantise; in training mode the codebook moves afterwards, and gradients and a loss exist.
 
-        x:       [..., D], floating.
-        Returns: quantized [..., D] in x's dtype (its gradient is x's), indices [...] int64, commitment loss (scalar,
-                 mean over elements times `commitment_weight`).
-        Raises:  ValueError if the last axis is not D.
+        x:       [B, dim] or [B, ..., dim], or channels first as the options say; floating.
+        mask:    [B, ...] bool, False for padding; or lens: [B] integers, how many of [B, N, dim] are not padding.
+        freeze_codebook: overrides the layer's option for this call.
+        Returns: quantized like x; indices int64 [B, ...], with an axis for the heads, if several, at the end, -1 where
+                 masked; loss, scalar float32, 0 in evaluation; and a LossBreakdown if asked for.
+        Raises:  ValueError for shapes that do not fit, NotImplementedError for an argument that is not taken.
         """
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"VectorQuantize: the last axis of `x` must be D = {self.dim}, got {list(x.shape)}.")
-        rows = x.reshape(-1, self.dim)  # [N, D]
-        if self.training and not self.started:
-            self._start(rows.detach().float())
-        near = ops.nearest_codebook(rows, self.codebook)
-        quantized = near.quantized.to(x.dtype).view_as(x)
-        loss = self.commitment_weight * F.mse_loss(x, quantized)
-        if self.training:
-            self._follow(rows.detach().float(), near)
-        return x + (quantized - x).detach(), near.indices.view(x.shape[:-1]), loss
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors of indices. [...] int64 -> [..., D]."""
-        return F.embedding(indices, self.codebook)
-
-    @torch.no_grad()
-    def _start(self, rows: Tensor) -> None:
-        rows = rows[torch.randperm(rows.shape[0], device=rows.device)[:SEED_ROWS]]
-        far = (rows - rows.mean(dim=0)).square().sum(dim=1)
-        for code in self.codebook:
-            code.copy_(self._draw(rows, far, 1)[0])
-            far = torch.minimum(far, (rows - code).square().sum(dim=1))
-        self.cluster_sum.copy_(self.codebook)
-        self.cluster_size.fill_(1)
-        self.started.fill_(True)
-
-    @torch.no_grad()
-    def _follow(self, rows: Tensor, near: ops.Nearest) -> None:
-        counts, sums = near.counts, near.sums
-        if _is_distributed():
-            counts, sums = counts.clone(), sums.clone()
-            distributed.all_reduce(counts)
-            distributed.all_reduce(sums)
-        ops.nearest_codebook_ema_(
-            self.codebook, self.cluster_size, self.cluster_sum, counts, sums, self.decay, self.eps
+        refuse("VectorQuantize.forward", VECTOR_QUANTIZE_FORWARD, {
+            "indices": indices, "topk": topk, "sample_codebook_temp": sample_codebook_temp,
+            "codebook_transform_fn": codebook_transform_fn, "ema_update_weight": ema_update_weight,
+            "accum_ema_update": accum_ema_update, "ema_update": ema_update,
+        })  # fmt: skip
+        tokens, grid = self._tokens(x)  # [B, N, dim]
+        mask = _mask_of(mask, lens, tokens, grid)  # [B, N]
+        rows = self._rows(self.project_in(tokens), x.dtype)
+        row_mask = None if mask is None else self._repeat_for_heads(mask)
+        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        priced = self.training and self.commitment_weight > 0
+        near = self._codebook(
+            rows if priced else [part.detach() for part in rows], row_mask, self.training and not frozen
         )
-        if self.dead_below > 0:
-            self._restart_dead(rows, near.squared_distance.float())
+        zero = torch.zeros((), device=x.device)
+        commitment = self._commitment(near, tokens, row_mask) if priced else zero
+        loss = commitment * self.commitment_weight
+        if self.training and torch.is_grad_enabled() and not loss.requires_grad:
+            loss.requires_grad_()  # so that a loss without a trained input before it can still be called backward
+        quantized = self._unflatten(self._quantized(x, rows, near, tokens, mask), grid)
+        indices = self._indices(near, tokens, mask)
+        out = (quantized, indices.unflatten(1, grid) if grid else indices[:, 0], loss)
+        return (*out, LossBreakdown(commitment, zero, zero, zero)) if return_loss_breakdown else out
 
-    def _restart_dead(self, rows: Tensor, far: Tensor) -> None:
-        dead = (self.cluster_size < self.dead_below).nonzero().flatten()
-        if dead.numel() == 0:
-            return
-        # code, count and sum move together: a code revived alone would be averaged back to death at once
-        self.codebook[dead] = self._draw(rows, far, dead.numel())
-        self.cluster_sum[dead] = self.codebook[dead]
-        self.cluster_size[dead] = 1.0
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, [K, D], or [A, K, D] if every head has its own."""
+        return self._codebook.embed if self.separate_codebook_per_head else self._codebook.embed[0]
 
-    def _draw(self, rows: Tensor, far: Tensor, count: int) -> Tensor:
-        """`count` rows, each with probability in proportion to `far`, and a little noise; the same on every rank."""
-        weights = far + far.mean() * 1e-3 + torch.finfo(far.dtype).tiny
-        picked = rows[torch.multinomial(weights, count, replacement=True)]
-        picked = picked + torch.randn_like(picked) * (0.01 / self.dim**0.5)
-        if _is_distributed():
-            distributed.broadcast(picked, src=0)
-        return picked
+    @codebook.setter
+    def codebook(self, codes: Tensor) -> None:
+        with torch.no_grad():
+            self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes[None])
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Codes of indices as `forward` returned them (not masked ones).
+
+        indices: [B, ...] int64 in [0, K), heads last.
+        Returns: [B, ..., heads * D], channels first if the layer is; heads that share a codebook keep their axis, as in
+                 the popular layer. In the dtype that the module was last cast to.
+        """
+        codes = self._codebook.embed.to(self._codebook.dtype)
+        if not self.separate_codebook_per_head:
+            codes = codes[0][indices]
+        else:
+            codes = codes[torch.arange(self.heads, device=indices.device), indices].flatten(-2)
+        return codes.movedim(-1, 1) if self._channels_first else codes
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """What evaluation would return as quantized for these indices, up to the channels' place. As above."""
+        return self.project_out(self.get_codes_from_indices(indices))
+
+    @property
+    def _channels_first(self) -> bool:
+        return not self.channel_last or self.accept_image_fmap or self.accept_3d_fmap
+
+    def _tokens(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        """[B, N, dim] and the shape that N was."""
+        wanted = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else None
+        channels = x.movedim(1, -1) if self._channels_first and x.ndim > 2 else x  # [B, ..., dim]
+        if x.ndim < 2 or (wanted and x.ndim != wanted) or channels.shape[-1] != self.dim:
+            raise ValueError(
+                f"VectorQuantize: `x` must be {self._wanted_shape()} with D = {self.dim}, got {list(x.shape)}; "
+                "`channel_last`, `accept_image_fmap` and `accept_3d_fmap` say where D is."
+            )
+        grid = channels.shape[1:-1]
+        return channels.flatten(1, -2) if grid else x[:, None], grid
+
+    def _wanted_shape(self) -> str:
+        if self.accept_image_fmap or self.accept_3d_fmap:
+            return "[B, D, H, W]" if self.accept_image_fmap else "[B, D, T, H, W]"
+        return "[B, ..., D]" if self.channel_last else "[B, D, ...]"
+
+    def _rows(self, inner: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """What each codebook sees: one list entry a codebook, [M, D]. [B, N, heads * D] -> S times [M, D]."""
+        # under autocast a projection is in half precision; codes are compared in the input's, or in float32 at most
+        inner = inner.to(torch.float32 if dtype == torch.float64 else dtype)
+        split = self._codebook.transform_input(inner.unflatten(2, (self.heads, self.codebook_dim)))  # [B, N, A, D]
+        if self.separate_codebook_per_head:
+            return [head.flatten(0, 1) for head in split.unbind(2)]
+        return [split.transpose(1, 2).flatten(0, 2)]
+
+    def _repeat_for_heads(self, tokens: Tensor) -> Tensor:
+        """[B, N, ...] -> [M, ...], a token's value for each row of a codebook that comes of it."""
+        heads = 1 if self.separate_codebook_per_head else self.heads
+        return tokens[:, None].expand(-1, heads, *tokens.shape[1:]).flatten(0, 2)
+
+    def _heads_last(self, parts: list[Tensor], B: int, N: int) -> Tensor:
+        """The inverse of `_rows`: S times [M, ...] -> [B, N, A, ...]."""
+        if self.separate_codebook_per_head:
+            return torch.stack(parts, dim=1).unflatten(0, (B, N))
+        return parts[0].unflatten(0, (B, self.heads, N)).transpose(1, 2)
+
+    def _commitment(self, near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        distance = [n.squared_distance for n in near]  # S times [M]
+        D = self.codebook_dim
+        if mask is None:
+            return sum(part.mean() for part in distance) / (len(distance) * D)
+        if D == self.dim and (self.has_projections or self._codebook.use_cosine_sim):
+            # the popular layer, given a mask, compares with its input as it came
+            wanted = self._repeat_for_heads(tokens).float()
+            distance = [(n.quantized.detach().float() - wanted).square().sum(dim=1) for n in near]
+        total = sum(torch.where(mask, part, 0).sum() for part in distance)
+        return total / (mask.sum() * len(distance) * D)
+
+    def _quantized(
+        self, x: Tensor, rows: list[Tensor], near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """[B, N, dim], with its gradient."""
+        codes = [n.quantized.detach() for n in near]
+        if self.training and x.requires_grad and self.route_gradients_to_input:
+            through = rotated_through if self.rotation_trick else straight_through
+            codes = [through(part, code) for part, code in zip(rows, codes, strict=True)]
+        quantized = self.project_out(self._heads_last(codes, *tokens.shape[:2]).flatten(2).to(x.dtype))
+        if mask is None:
+            return quantized
+        padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
+        return torch.where(mask[..., None], quantized, padding)
+
+    def _indices(self, near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N], or [B, N, A] for several heads."""
+        indices = self._heads_last([n.indices for n in near], *tokens.shape[:2])  # [B, N, A]
+        if mask is not None:
+            indices = torch.where(mask[..., None], indices, -1)
+        return indices if self.heads > 1 else indices[..., 0]
+
+    def _unflatten(self, quantized: Tensor, grid: torch.Size) -> Tensor:
+        if not grid:
+            return quantized[:, 0]
+        quantized = quantized.unflatten(1, grid)
+        return quantized.movedim(-1, 1) if self._channels_first else quantized
+
+
+def _mask_of(mask: Tensor | None, lens: Tensor | None, tokens: Tensor, grid: torch.Size) -> Tensor | None:
+    """The mask as [B, N] bool."""
+    if lens is not None:
+        if mask is not None or len(grid) != 1:
+            raise ValueError("VectorQuantize: `lens` is for one axis of tokens and without `mask`; give `mask` alone.")
+        return torch.arange(tokens.shape[1], device=tokens.device) < lens[:, None]
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape != (len(tokens), *grid) or not grid:
+        raise ValueError(
+            f"VectorQuantize: `mask` must be bool {[len(tokens), *grid]}, True where a token counts, "
+            f"got {mask.dtype} {list(mask.shape)}."
+        )
+    return mask.flatten(1)
 
 
 def perplexity(indices: Tensor, codebook_size: int) -> Tensor:
@@ -110,7 +255,3 @@ def perplexity(indices: Tensor, codebook_size: int) -> Tensor:
     frequency = codes.new_zeros(codebook_size).scatter_add_(0, codes, torch.ones_like(codes)).double()
     frequency = frequency / frequency.sum()
     return torch.exp(torch.special.entr(frequency).sum()).float()
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

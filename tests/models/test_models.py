@@ -79,7 +79,7 @@ def test_masking_hides_the_bottom_level():
     hidden = vqvae.eval().decode(vqvae.encode(video)[0], None)
     vqvae.config = type(vqvae.config)(**{**asdict(vqvae.config), "mask_probability": 1.0})
     for quantizer in (vqvae.quantize_top, vqvae.quantize_bottom):
-        quantizer.started.fill_(True)
+        quantizer._codebook.initted.fill_(True)
     torch.testing.assert_close(vqvae.train()(video).reconstruction.clamp(0, 1), hidden, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(vqvae.eval()(video).reconstruction.clamp(0, 1), hidden, atol=1e-3)
 
