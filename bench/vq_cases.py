@@ -80,7 +80,7 @@ def vq_race(size: Size) -> Race:
         gate=lambda: _gate(x, codebook, decided),
         inputs=lambda number: _inputs(size, ways, number),
         contestants=contestants,
-        floor=lambda: floor(2.0 * size.N * size.K * size.D, moved, size.device, torch.get_num_threads()),
+        floor=lambda: floor(2.0 * size.N * size.K * size.D, moved, size.device, torch.get_num_threads(), True),
         device=size.device,
     )
 

@@ -157,9 +157,10 @@ def test_a_gpu_race():
 
 
 def test_rates_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(peak, "PRODUCT_SIZES", (64,))
     monkeypatch.setattr(peak, "_probe", lambda: None)
     rate, what = peak.cpu_rate(1)
-    assert rate > 0 and what == "matrix product"
+    assert rate > 0 and what == "float32 matrix product"
     monkeypatch.undo()
     monkeypatch.setattr(peak.shutil, "which", lambda name: None)
     assert peak._probe.__wrapped__() is None
@@ -169,6 +170,7 @@ def test_rates_without_a_compiler(monkeypatch):
 def test_the_probe_counts_its_operations():
     sink = peak.ctypes.c_float()
     assert peak._probe().fma_steps(10, peak.ctypes.byref(sink)) in (96, 192, 384) and sink.value != 0
-    assert peak.cpu_rate(1)[1] == "multiply-adds"
+    assert peak._probe().madd_steps(10, peak.ctypes.byref(sink)) in (0, 384, 768)
+    assert peak.cpu_rate(1)[1] == "float32 multiply-adds" and peak.cpu_rate(1, narrow=True)[1].endswith("multiply-adds")
     seconds, told = peak.floor(1e9, 0.0, "cpu", 1)
     assert 0 < seconds < 10 and told.startswith("1 G operations")
