@@ -68,14 +68,15 @@ def _run(asked: argparse.Namespace) -> int:
         raise StaticError("--write needs every chip; leave --target out")
     rooms = _rooms(asked.kernels, asked.room)
     _prepare()
-    version, specs, readings = measure(rooms, asked.target or list(CHIPS), asked.jobs)
+    targets = asked.target or list(CHIPS)
+    version, specs, readings = measure(rooms, targets, asked.jobs)
     found = []
     for room, source in rooms.items():
         report = read_report(source.with_name(REPORT)) if source.with_name(REPORT).exists() else None
         if asked.table:
             print(table(room, specs[room], readings[room]))
         if not asked.write:
-            found += [f"{room}: {line}" for line in compare(specs[room], readings[room], report, version)]
+            found += [f"{room}: {line}" for line in compare(specs[room], readings[room], report, version, targets)]
             if report and report["triton"] != version:
                 print(f"{room}: triton {version} here, {report['triton']} in the report: only the guards that always "
                       "hold are held")  # fmt: skip
@@ -217,18 +218,24 @@ def _compiler_input(variant: Any, chip: Chip) -> tuple[Any, Any, dict[str, int]]
 # ---- guards
 
 
-def compare(specs: list[Spec], readings: Readings, report: dict[str, Any] | None, version: str) -> list[str]:
-    """One line for each fall of a room: what is against the guards, worse than recorded, or not as listed."""
+def compare(
+    specs: list[Spec], readings: Readings, report: dict[str, Any] | None, version: str, targets: list[str]
+) -> list[str]:
+    """One line for each fall of a room: what is against the guards, worse than recorded, or not as listed.
+
+    report: None where there is none yet. version: triton's here. targets: those that were compiled for; the rest of the
+    report is left alone.
+    """
     found = [line for spec in specs for line in absolute_falls(spec, readings[spec["name"]])]
     if report is None:
         return [*found, f"no {REPORT}; write it with --write"]
     recorded = report["kernels"]
-    measured = {target for chips in readings.values() for target in chips}
     for name in sorted({*readings, *recorded}):
         here, there = readings.get(name, {}), recorded.get(name, {})
-        gone = set(there) - set(here) if name not in readings else (set(there) - set(here)) & measured
-        found += [f"{name} {target}: not in the report" for target in here if target not in there]
-        found += [f"{name} {target}: in the report, but not shipped any more" for target in there if target in gone]
+        new = [target for target in here if target not in there]
+        gone = [target for target in there if target not in here and (target in targets or name not in readings)]
+        found += [f"{name} {target}: not in the report; write it with --write" for target in new]
+        found += [f"{name} {target}: in the report, but not shipped any more" for target in gone]
         if report["triton"] == version:
             both = [target for target in here if target in there]
             found += [f"{name} {target}: {line}" for target in both for line in worse(here[target], there[target])]
