@@ -32,6 +32,7 @@ STAIRCASE = [
     ("fastvid/laws.py",         "ops testing",                                     "torch"),
     ("fastvid/ops/*",           "ops kernels _native",                             "torch"),
     ("fastvid/nn/*",            "nn ops errors",                                   "torch"),
+    ("fastvid/swaps.py",        "nn",                                              "torch"),
     ("fastvid/sampling*",       "sampling nn ops errors",                          "torch"),
     ("fastvid/checkpoint.py",   "errors",                                          "torch safetensors"),
     ("fastvid/models/*",        "models nn ops sampling checkpoint errors",        "torch"),

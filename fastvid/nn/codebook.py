@@ -69,6 +69,16 @@ class Codebook(nn.Module):
             self._follow(rows, near)
         return near
 
+    def adopt(self, state: dict[str, Tensor], reborn_size: float) -> None:
+        """Hold these very tensors from now on, in place of its own of the same names.
+
+        state: embed, embed_avg, cluster_size, initted. A half precision tensor is kept as a float32 copy.
+        """
+        self.dtype, self.reborn_size = state["embed"].dtype, reborn_size
+        for name in self._buffers:
+            half = state[name].is_floating_point() and state[name].dtype.itemsize < 4
+            self._buffers[name] = state[name].float() if half else state[name]
+
     def _comparable(self, codes: Tensor) -> Tensor:
         if not self.use_cosine_sim:
             return codes

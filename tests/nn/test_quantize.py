@@ -1,6 +1,10 @@
 """The codebook layer by itself: shapes, gradients, what moves and what stays, starts and restarts, refusals."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastvid
 from fastvid.nn import VectorQuantize, perplexity
 from fastvid.nn.draw import distant_rows, stratified_rows
 from fastvid.nn.through import rotated_through, straight_through
@@ -306,6 +311,21 @@ def test_refusals(make, error, words):
 def test_options_that_ask_for_nothing_are_taken():
     layer = VectorQuantize(4, 8, learnable_codebook=False, ema_update=True, codebook_diversity_temperature=100.0)
     assert layer(torch.zeros(2, 3, 4), ema_update=True, accum_ema_update=False)[0].shape == (2, 3, 4)
+
+
+def test_two_processes_keep_one_codebook(tmp_path):
+    """Bit for bit at every step, through start, restarts and a step in which one of them has no rows."""
+    program, where = Path(__file__).with_name("two_ranks.py"), str(Path(fastvid.__file__).parents[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, program, str(rank), tmp_path / "store"], env={**os.environ, "PYTHONPATH": where},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told[0][1] + told[1][1]
+    assert told[0][0] == told[1][0] and len(set(told[0][0].split())) == 3 * 8
 
 
 def test_perplexity():

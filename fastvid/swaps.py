@@ -1,0 +1,160 @@
+"""Swaps the layers of popular packages inside a live model for fastvid's, and says what it did.
+
+    report = fastvid.accelerate(model)
+    print(report)
+
+The packages themselves are not imported: a layer is known by the name of its class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastvid.nn import VectorQuantize
+
+
+@dataclass
+class Report:
+    """What `accelerate` did; printed, it is a line for each layer."""
+
+    module: nn.Module  # the model: the one that was given, unless that was itself a layer to swap
+    given: nn.Module
+    swapped: dict[str, str] = field(default_factory=dict)  # name in the model -> what for what
+    left: dict[str, str] = field(default_factory=dict)  # name in the model -> what, and why
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)}, left {len(self.left)}"]
+        lines += [f"  swapped {name or '(the model itself)'}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  left    {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
+        if self.module is not self.given:
+            lines.append("the model itself was swapped, which cannot be done in place: go on with report.module")
+        return "\n".join(lines)
+
+
+def accelerate(module: nn.Module) -> Report:
+    """Swap every layer that fastvid replaces, in place; the others stay as they are.
+
+    module:  any model, on any device, in training or not. Parameters and buffers remain the same tensors under the same
+             names, so optimizers and state dicts stay valid (only a codebook in half precision becomes float32); hooks
+             and training flags are kept. What holds a layer in ways that modules do not know of, such as a plain list
+             or a captured graph, still holds the old one.
+    Returns: Report, with the model as `module`: where `module` itself is such a layer, the caller must use that one.
+             A layer with an option that ours does not take stays, with the reason.
+    Raises:  TypeError for what is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"accelerate: wanted a torch.nn.Module, got {type(module).__name__}; pass the model.")
+    report = Report(module, module)
+    made: dict[int, nn.Module] = {}  # what stands for an old module, by the old one's id: shared layers stay shared
+    for name, layer in [*module.named_modules(remove_duplicate=False)]:
+        swap = next((s for s in SWAPS if _derives(type(layer), s)), None)
+        if swap is None:
+            continue
+        old = f"{swap.package} {type(layer).__name__}"
+        strange = _name(type(layer)) != swap.cls and "it is a subclass, which may do otherwise"
+        if reason := strange or swap.why_not(layer):
+            report.left[name] = f"{old}: {reason}"
+            continue
+        new = made.get(id(layer)) or made.setdefault(id(layer), _in_place_of(layer, swap.make(layer, made)))
+        report.swapped[name] = f"{old} -> {type(new).__module__.split('.')[0]}.nn.{type(new).__name__}"
+        if name:
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._modules[leaf] = new
+        else:
+            report.module = new
+    return report
+
+
+class Swap(NamedTuple):
+    """One layer of a package that ours can stand for."""
+
+    package: str
+    cls: str  # full name of the class
+    why_not: Callable[[nn.Module], str | None]  # why this very layer stays; None if ours can stand for it
+    make: Callable[[nn.Module, dict], nn.Module]  # ours, holding its tensors and modules
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _derives(cls: type, swap: Swap) -> bool:
+    return any(_name(base) == swap.cls for base in cls.__mro__)
+
+
+def _in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
+    """`new` with the hooks and the training flag of `old`."""
+    new.training = old.training
+    for name, value in vars(old).items():
+        # the same dictionaries, so that handles which were given out still remove their hooks
+        if "_hook" in name and name in vars(new):
+            new.__dict__[name] = value
+    return new
+
+
+# ---- vector-quantize-pytorch
+
+
+def _vector_quantize_why_not(layer: nn.Module) -> str | None:
+    try:
+        used = [option for option, asks in _asked_of(layer).items() if asks]
+    except AttributeError as error:
+        return f"it is not of a version that is known here ({error}); 1.32 is"
+    return f"uses {', '.join(used)}, which fastvid.nn.VectorQuantize does not take" if used else None
+
+
+def _asked_of(layer: nn.Module) -> dict[str, bool]:
+    """Which of the options that ours does not take a layer was made with."""
+    book = layer._codebook
+    sampling = book.gumbel_sample.keywords if isinstance(book.gumbel_sample, partial) else {"straight_through": True}
+    return {
+        "commitment_use_cross_entropy_loss": layer.commitment_use_cross_entropy_loss,
+        "orthogonal_reg_weight": layer.has_codebook_orthogonal_loss,
+        "codebook_diversity_loss_weight": layer.has_codebook_diversity_loss,
+        "stochastic_sample_codes": sampling.get("stochastic", False),
+        "straight_through": sampling.get("straight_through", False),
+        "directional_reparam": layer.directional_reparam,
+        "sync_update_v": layer.sync_update_v > 0,
+        "learnable_codebook": layer.learnable_codebook or book.learnable_codebook,
+        "in_place_codebook_optimizer": layer.in_place_codebook_optimizer is not None,
+        "ema_update": not book.ema_update,
+        "manual_ema_update": book.manual_ema_update,
+        "affine_param": book.affine_param,
+        "vq_bridge": book.vq_bridge is not None,
+        "sync_kmeans": book.use_ddp and book.kmeans_all_reduce_fn is not torch.distributed.all_reduce,
+    }
+
+
+def _vector_quantize(layer: nn.Module, made: dict[int, nn.Module]) -> VectorQuantize:
+    book = layer._codebook
+    # on the meta device nothing is drawn, so the model's random numbers stay where they were
+    with torch.device("meta"):
+        ours = VectorQuantize(
+            layer.dim, layer.codebook_size, book.embed.shape[-1], layer.heads, layer.separate_codebook_per_head,
+            decay=book.decay, eps=book.eps, freeze_codebook=layer.freeze_codebook,
+            kmeans_init=not bool(book.initted), kmeans_iters=book.kmeans_iters,
+            use_cosine_sim=book.use_cosine_sim, threshold_ema_dead_code=book.threshold_ema_dead_code,
+            channel_last=layer.channel_last, accept_image_fmap=layer.accept_image_fmap,
+            accept_3d_fmap=layer.accept_3d_fmap, commitment_weight=layer.commitment_weight,
+            rotation_trick=layer.rotation_trick, sync_codebook=book.use_ddp,
+            return_zeros_for_masked_padding=layer.return_zeros_for_masked_padding,
+            route_gradients_to_input=layer.route_gradients_to_input,
+        )  # fmt: skip
+    ours.project_in, ours.project_out = layer.project_in, layer.project_out
+    if id(book) not in made:
+        made[id(book)] = _in_place_of(book, ours._codebook)
+        ours._codebook.adopt(dict(book.named_buffers()), book.reset_cluster_size)
+    ours._codebook = made[id(book)]
+    return ours
+
+
+SWAPS = (
+    Swap(
+        "vector-quantize-pytorch", "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",
+        _vector_quantize_why_not, _vector_quantize,
+    ),
+)  # fmt: skip
