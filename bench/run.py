@@ -67,8 +67,9 @@ def _run(asked: argparse.Namespace) -> int:
             print(f"{case.name:24} {case.size}; {case.ours} against {', '.join(case.goal)}{_note(case.missing())}")
         return 0
     if asked.tune:
-        print("tune: no kernel has parameters to tune yet, so there is nothing to do.")
-        return 0
+        from tune import tune
+
+        return tune(lambda line: print(line, flush=True))
     if asked.plot and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib; install it with: pip install 'fastvid-torch[bench]'.")
     old = read_results(asked.against) if asked.against else None

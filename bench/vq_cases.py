@@ -153,7 +153,7 @@ def _gate(x: Tensor, codebook: Tensor, decided: dict[str, tuple[Way, Step]]) -> 
         reach = regret[name] / ROUNDING[way.precision]
         if not reach <= ROUNDINGS:
             raise GateError(f"{name} chose a code {reach:.3g} roundings of {way.precision} beyond the nearest one")
-        _judge(name, step, x, codebook)
+        judge(name, step, x, codebook)
         worst = max(worst, reach) if name.startswith("fastvid") else worst
     told = [f"distance regret at most {worst:.2g} roundings of the products"]
     told += _compare_layers(decided, codebook)
@@ -178,8 +178,8 @@ def _regrets(x: Tensor, codebook: Tensor, chosen: dict[str, Tensor]) -> dict[str
     return worst
 
 
-def _judge(name: str, step: Step, x: Tensor, codebook: Tensor) -> None:
-    """Counts, sums and the moved codebook of one way, each against what its own choices ask for."""
+def judge(name: str, step: Step, x: Tensor, codebook: Tensor) -> None:
+    """Raise GateError unless counts, sums and the moved codebook of one way are what its own choices ask for."""
     K = codebook.shape[0]
     rows, indices = x.double(), step.indices.long()
     counts = torch.bincount(indices, minlength=K)

@@ -1,0 +1,125 @@
+"""Tuning without a GPU: a room that is not there, timed by a clock that is not there either."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tune
+from fastvid.kernels.nearest_codebook import cases, reference
+
+CONFIGS = [{"rows": 32}, {"rows": 64}, {"rows": 128}]
+
+
+def room(tmp_path, spoil=lambda config, result: result) -> SimpleNamespace:
+    """A room whose kernel is the reference; spoil: what a configuration makes of its result."""
+    calls = []
+
+    def launch(x, codebook, statistics, precision, config):
+        calls.append(config["rows"])
+        return spoil(config, reference.nearest_codebook(x, codebook, statistics))
+
+    return SimpleNamespace(
+        TUNED=tmp_path / "tuned.json", calls=calls, nearest_codebook=launch, tunable=lambda *_: CONFIGS,
+        bucket=lambda D, K, precision: f"{precision}-D{D}-K{K}",
+    )  # fmt: skip
+
+
+def clock(kernels, seconds: dict[int, float]):
+    """Runs what it is given and tells the time of the configuration that was launched."""
+
+    def timer(run):
+        run()
+        return seconds[kernels.calls[-1]]
+
+    return timer
+
+
+JOB = tune.Job("exact-D5-K13", cases.Case("small", 77, 13, 5), "exact")
+HALF = tune.Job("bf16-D5-K13", cases.Case("small", 77, 13, 5), "bf16")
+
+
+def test_the_fastest_is_kept_among_others(tmp_path):
+    kernels, told = room(tmp_path), []
+    kernels.TUNED.write_text(json.dumps({"Another GPU": {"a": {"rows": 1}}, "GPU": {"b": {"rows": 2}}}))
+    timer = clock(kernels, {32: 3e-3, 64: 1e-3, 128: 2e-3})
+    assert tune.tune_room(kernels, [JOB, HALF], "GPU", "cpu", timer, told.append) == 0
+    assert json.loads(kernels.TUNED.read_text()) == {
+        "Another GPU": {"a": {"rows": 1}},
+        "GPU": {"b": {"rows": 2}, JOB.key: {"rows": 64}, HALF.key: {"rows": 64}},
+    }
+    assert "1000.0 us, default 3000.0 us" in told[0] and [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize("field", ["indices", "quantized", "squared_distance", "counts", "sums"])
+def test_a_fast_wrong_result_is_refused(tmp_path, field):
+    def spoil(config, near):
+        wrong = {
+            "indices": near.indices.roll(1), "quantized": near.quantized + 1, "counts": near.counts.roll(1),
+            "squared_distance": near.squared_distance + 1, "sums": near.sums * float("nan"),
+        }  # fmt: skip
+        return near._replace(**{field: wrong[field]}) if config["rows"] == 64 else near
+
+    kernels, told = room(tmp_path, spoil), []
+    timer = clock(kernels, {32: 3e-3, 64: 1e-9, 128: 2e-3})
+    assert tune.tune_room(kernels, [JOB], "GPU", "cpu", timer, told.append) == 1
+    assert json.loads(kernels.TUNED.read_text())["GPU"][JOB.key] == {"rows": 128}
+    assert "refused" in told[0]
+
+
+def test_a_configuration_that_does_not_run_is_told(tmp_path):
+    def spoil(config, near):
+        if config["rows"] != 128:
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return near
+
+    kernels, told = room(tmp_path, spoil), []
+    assert tune.tune_room(kernels, [JOB], "GPU", "cpu", lambda run: 1.0, told.append) == 2
+    assert told[0].endswith("RuntimeError: out of resource: shared memory")
+    assert json.loads(kernels.TUNED.read_text()) == {"GPU": {JOB.key: {"rows": 128}}}
+    nothing = room(tmp_path / "none", lambda *_: 1 / 0)
+    assert tune.tune_room(nothing, [JOB], "GPU", "cpu", lambda run: 1.0, told.append) == 3
+    assert not nothing.TUNED.exists()
+
+
+def test_a_bucket_is_decided_by_its_largest_size(tmp_path):
+    jobs = tune.jobs_of(cases, room(tmp_path))
+    assert [job.case.name for job in jobs][:2] == ["16k-codes"] * 2 and len({job.key for job in jobs}) == len(jobs)
+    assert {job.case.name for job in jobs if job.key.endswith("D64-K512")} == {"paper-bottom-batch"}
+    assert all(job.work >= tune.LEAST_WORK for job in jobs)
+
+
+def test_the_benchmark_sizes_are_tuned(tmp_path):
+    import vq_cases
+
+    sizes = {(job.case.N, job.case.K, job.case.D) for job in tune.jobs_of(cases, room(tmp_path))}
+    for size in (vq_cases.GPU_PAPER, vq_cases.GPU_16K):
+        assert (size.N, size.K, size.D) in sizes
+
+
+def test_the_room_has_what_tuning_needs():
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    from fastvid.kernels.nearest_codebook import triton_gpu
+
+    for job in tune.jobs_of(cases, triton_gpu):
+        x, codebook = (torch.empty(rows, job.case.D, device="meta") for rows in (job.case.N, job.case.K))
+        assert len(triton_gpu.tunable(x, codebook, job.precision)) > 1
+    assert triton_gpu.TUNED.name == "tuned.json"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu():
+    told = []
+    assert tune.tune(told.append) == 0
+    assert len(told) == 1 and "nothing to tune on this machine: torch" in told[0] and "no CUDA device" in told[0]
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu(tmp_path, monkeypatch):
+    from fastvid.kernels.nearest_codebook import triton_gpu
+
+    monkeypatch.setattr(triton_gpu, "TUNED", tmp_path / "tuned.json")
+    job = tune.Job("exact-D16-K512", cases.Case("small", 4096, 512, 16), "exact")
+    assert tune.tune_room(triton_gpu, [job], "GPU", "cuda", tune.device_seconds, print) == 0
+    (config,) = json.loads(triton_gpu.TUNED.read_text())["GPU"].values()
+    assert config in triton_gpu.tunable(*job.case.make("cuda"), "exact")
