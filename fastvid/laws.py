@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvid import ops
+from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
 ROOMS = ("nearest_codebook",)  # rooms whose ops have backends to choose from
@@ -50,11 +51,12 @@ class Bench:
         self.subject.judge(args, self.call(args))
 
 
-def why_not(subject: Subject, backend: str, device: str = "cpu") -> str | None:
-    """Why a backend does not serve an op on this device; None where it does."""
+def why_not(subject: Subject, backend: str, device: str = "cpu", asked: bool = True) -> str | None:
+    """Why a backend does not serve an op on this device, asked for by name or not; None where it does."""
     args = subject.make(subject.cases[0], device, subject.dtypes[0])
-    reason = ops.OPS[subject.op].reasons(*args, backend=backend).get(backend, "this op has no such backend")
-    return None if reason == "serves" else reason
+    told = ops.OPS[subject.op].reasons(*args, backend=backend if asked else None)
+    reason = told.get(backend, "this op has no such backend")
+    return None if reason in (SERVES, LATER) else reason
 
 
 def named_sizes(bench: Bench) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 KNOWN = ("triton", "cuda", "cpu", "reference")
+SERVES, LATER = "serves", "comes later in the order"
 OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
 
 _LIBRARY = torch.library.Library("fastvid", "DEF")
@@ -161,14 +162,14 @@ class Op:
         return _told(self.name, args, self.reasons(*args, backend=backend))
 
     def reasons(self, *args, backend: str | None = None, **kwargs) -> dict[str, str]:
-        """What each backend says, by name: "serves" for the one that is chosen."""
+        """What each backend says, by name: SERVES for the one that is chosen."""
         args = self._positional(args, kwargs)
         told, served, permitted = {}, False, self._permitted(backend or "")
         for candidate in sorted(self.backends, key=lambda b: _rank(b.name, permitted)):
             reason = candidate.why_not(*args) or (None if permitted else candidate.unasked(*args))
             if permitted and candidate.name not in permitted:
                 reason = f"not among the backends asked for ({', '.join(permitted)})"
-            told[candidate.name] = reason or ("comes later in the order" if served else "serves")
+            told[candidate.name] = reason or (LATER if served else SERVES)
             served = served or reason is None
         return told
 
