@@ -47,7 +47,19 @@ inline void store(void* to, Vector v) {
     __builtin_memcpy(to, &v, sizeof v);
 }
 
-inline Floats repeat(float value) { return Floats{} + value; }
+inline Floats repeat(float value) {
+#if defined(FASTVID_X86) && defined(__AVX512BW__)
+    return _mm512_set1_ps(value);
+#elif defined(FASTVID_X86) && defined(__AVX2__)
+    return _mm256_set1_ps(value);
+#elif defined(FASTVID_X86)
+    return _mm_set1_ps(value);
+#else
+    Floats v;
+    for (int lane = 0; lane < LANES; ++lane) v[lane] = value;
+    return v;
+#endif
+}
 
 // Lane i: a[2i] * b[2i] + a[2i+1] * b[2i+1]; `pair` is two int16 side by side, the same for every lane.
 inline Ints multiply_pairs(int32_t pair, Shorts b) {
@@ -89,9 +101,14 @@ inline Floats smaller(Floats a, Floats b) {
 }
 
 inline float smallest_lane(Floats v) {
-    float least = v[0];
-    for (int lane = 1; lane < LANES; ++lane) least = v[lane] < least ? v[lane] : least;
-    return least;
+    typedef float Four __attribute__((vector_size(16)));
+    Four least = load<Four>(&v);
+    for (int at = 16; at < VECTOR_BYTES; at += 16) {
+        const Four next = load<Four>((const char*)&v + at);
+        least = next < least ? next : least;
+    }
+    const float left = least[0] < least[1] ? least[0] : least[1], right = least[2] < least[3] ? least[2] : least[3];
+    return left < right ? left : right;
 }
 
 // Bit i: v[i] <= limit[i].

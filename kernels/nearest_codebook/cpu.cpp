@@ -8,12 +8,12 @@
 #include "common/pool.h"
 #include "nearest_codebook/cpu_distance.h"
 #include "nearest_codebook/cpu_screen.h"
+#include "common/pages.h"
 
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 128 << 10;  // of the panel: stays in the L2 cache while a block of rows passes
-constexpr int64_t SLOT_BYTES = 16 << 10;    // scores of one microkernel's rows: half of an L1 cache
 constexpr int64_t BLOCK_BYTES = 64 << 10;   // of a block of rows, wide and quantised
 constexpr int64_t MOST_BLOCK_ROWS = 96, LEAST_BLOCK_ROWS = 24;
 static_assert(MOST_BLOCK_ROWS % TILE_ROWS == 0 && LEAST_BLOCK_ROWS % TILE_ROWS == 0);
@@ -53,8 +53,8 @@ struct Job {
 
 struct Scratch {
     float* wide;       // [block_rows, padded D] rows in float32
-    float* moved;      // [block_rows, padded D], or one such row, minus the centre and scaled
-    int16_t* pairs;    // [block_rows, 2 pairs]
+    float* moved;      // [padded D] one row, minus the centre and scaled
+    int32_t* rows;     // [block_rows / TILE_ROWS][pairs][TILE_ROWS] pairs of int16, or float32 [..][D][..]
     float* factors;    // [block_rows] from integer products to negative scores
     Kept* kept;        // [block_rows]
     float* slots;      // [TILE_ROWS, chunk_tiles * LANES]
@@ -64,11 +64,11 @@ struct Scratch {
         const Panel& panel = job.panel;
         const int64_t rows = job.block_rows, width = padded(panel.D);
         wide = cutter.cut<float>(rows * width);
-        moved = cutter.cut<float>(panel.quantised ? width : rows * width);
-        pairs = cutter.cut<int16_t>(panel.quantised ? rows * 2 * pairs_of(panel.D) : 0);
+        moved = cutter.cut<float>(width);
+        this->rows = cutter.cut<int32_t>(rows * (panel.quantised ? pairs_of(panel.D) : panel.D));
         factors = cutter.cut<float>(rows);
         kept = cutter.cut<Kept>(rows);
-        slots = cutter.cut<float>(TILE_ROWS * job.chunk_tiles * LANES);
+        slots = cutter.cut<float>(TILE_ROWS * padded_tiles(job.chunk_tiles) * LANES);
         distances = cutter.cut<float>(panel.K > 2 * MOST_KEPT ? panel.K : 2 * MOST_KEPT);
     }
 };
@@ -78,23 +78,39 @@ const T* row_of(const NearestCall& call, int64_t n) {
     return (const T*)call.x + n * call.stride_xn;
 }
 
-// Writes row - centre, scaled, and returns its norm, rounded up.
+// Writes row - centre, scaled, and returns its norm, rounded up. All three are padded with zeros.
 double move_row(const Panel& panel, const float* row, float* moved) {
-    const int64_t D = panel.D;
-    for (int64_t d = 0; d < D; ++d) moved[d] = (row[d] - panel.centre[d]) * panel.scale;
-    for (int64_t d = D; d < padded(D); ++d) moved[d] = 0;
-    WideFloats square = {};
-    for (int64_t d = 0; d < D; d += WIDE) {
-        const WideFloats v = load<WideFloats>(moved + d);
-        square += v * v;
+    const Floats scale = repeat(panel.scale);
+    Floats squares[PARTS] = {};
+    for (int64_t d = 0; d < padded(panel.D); d += WIDE) {
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) {
+            const int64_t at = d + part * LANES;
+            const Floats v = (load<Floats>(row + at) - load<Floats>(panel.centre + at)) * scale;
+            store(moved + at, v);
+            squares[part] += v * v;
+        }
     }
-    return __builtin_sqrt((double)sum_of<WideFloats, float>(square)) * (1 + ((double)D / WIDE + 16) * UNIT);
+    return __builtin_sqrt((double)sum_of(squares)) * (1 + ((double)panel.D / WIDE + 16) * UNIT);
 }
 
-void quantise(const float* moved, int64_t D, float steps, int16_t* to) {
+// Row i of the block as the microkernels read it: element or pair p at [p * TILE_ROWS].
+template <class T>
+T* packed_row(void* rows, int64_t count, int64_t i) {
+    return (T*)rows + i / TILE_ROWS * TILE_ROWS * count + i % TILE_ROWS;
+}
+
+void pack_quantised(const float* moved, int64_t D, float steps, int32_t* to) {
     const float shift = 0x1.8p23f;  // leaves the rounded integer in the low bits
-    for (int64_t d = 0; d < D; ++d) to[d] = (int16_t)(bits_of(moved[d] * steps + shift) & 0xffff);
-    if (D % 2) to[D] = 0;
+    for (int64_t p = 0; p < pairs_of(D); ++p) {
+        const uint32_t first = bits_of(moved[2 * p] * steps + shift) & 0xffff;
+        const uint32_t second = bits_of(moved[2 * p + 1] * steps + shift);
+        to[p * TILE_ROWS] = (int32_t)(second << 16 | first);
+    }
+}
+
+void pack_float32(const float* moved, int64_t D, float* to) {
+    for (int64_t d = 0; d < D; ++d) to[d * TILE_ROWS] = moved[d];
 }
 
 // Row n of the call becomes row i of the scratch. Returns false for a row that holds a NaN or an infinity.
@@ -111,36 +127,39 @@ bool prepare_row(const Job& job, Scratch& scratch, int64_t n, int64_t i) {
     kept.count = 0;
     kept.all = true;
     scratch.factors[i] = 0;
-    float* moved = scratch.moved + (panel.quantised ? 0 : i * width);
-    const double norm = move_row(panel, wide, moved);
+    const double norm = move_row(panel, wide, scratch.moved);
     const bool screened = job.screened && norm < FARTHEST * panel.radius;
+    const double size = norm > NEAREST * panel.radius ? norm : NEAREST * panel.radius;
     if (screened) {
-        const double size = norm > NEAREST * panel.radius ? norm : NEAREST * panel.radius;
         kept.all = false;
         kept.margin = (float)(2.0001 * (panel.bound_per_norm * size + panel.bound));
         scratch.factors[i] = (float)(-size * panel.radius / (LARGEST * LARGEST));
-        if (panel.quantised) quantise(moved, D, (float)(LARGEST / size), scratch.pairs + i * 2 * pairs_of(D));
-    } else if (!panel.quantised) {
-        __builtin_memset(moved, 0, (size_t)width * sizeof(float));
     } else {
-        __builtin_memset(scratch.pairs + i * 2 * pairs_of(D), 0, (size_t)pairs_of(D) * 4);
+        __builtin_memset(scratch.moved, 0, (size_t)width * sizeof(float));
     }
+    if (panel.quantised)
+        pack_quantised(scratch.moved, D, screened ? (float)(LARGEST / size) : 0, packed_row<int32_t>(scratch.rows, pairs_of(D), i));
+    else
+        pack_float32(scratch.moved, D, packed_row<float>(scratch.rows, D, i));
     return norm < INFINITE || finite_row(wide, D);
 }
 
 void screen_rows(const Job& job, Scratch& scratch, int64_t rows) {
     const Panel& panel = job.panel;
-    const int64_t D = panel.D, slot_stride = job.chunk_tiles * LANES;
+    const int64_t D = panel.D, slot_stride = padded_tiles(job.chunk_tiles) * LANES;
     for (int64_t tile = 0; tile < panel.tiles; tile += job.chunk_tiles) {
         const int64_t tiles = panel.tiles - tile < job.chunk_tiles ? panel.tiles - tile : job.chunk_tiles;
         const char* packed = (const char*)panel.packed + tile * panel.tile_bytes;
         const float* half_norms = panel.half_norms + tile * TILE_CODES;
+        for (int64_t r = 0; r < TILE_ROWS; ++r)
+            for (int64_t t = tiles; t < padded_tiles(tiles); ++t)
+                store(scratch.slots + r * slot_stride + t * LANES, repeat(INFINITE));
         for (int64_t i = 0; i < rows; i += TILE_ROWS) {
             if (panel.quantised)
-                score_int16(scratch.pairs + i * 2 * pairs_of(D), 2 * pairs_of(D), packed, D, tiles, half_norms,
+                score_int16(packed_row<int32_t>(scratch.rows, pairs_of(D), i), packed, D, tiles, half_norms,
                             scratch.factors + i, scratch.slots, slot_stride);
             else
-                score_float32(scratch.moved + i * padded(D), padded(D), packed, D, tiles, half_norms, scratch.slots,
+                score_float32(packed_row<float>(scratch.rows, D, i), packed, D, tiles, half_norms, scratch.slots,
                               slot_stride);
             for (int r = 0; r < TILE_ROWS && i + r < rows; ++r)
                 sift(scratch.kept[i + r], scratch.slots + r * slot_stride, tiles, tile * LANES);
@@ -268,7 +287,7 @@ void plan(Job& job) {
     const int64_t fitting = BLOCK_BYTES / (padded(call.D) * 6) / TILE_ROWS * TILE_ROWS;
     job.block_rows = within(fitting, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS);
     job.blocks = (call.N + job.block_rows - 1) / job.block_rows;
-    job.chunk_tiles = within(CHUNK_BYTES / panel.tile_bytes, 1, SLOT_BYTES / (TILE_ROWS * VECTOR_BYTES));
+    job.chunk_tiles = within(CHUNK_BYTES / panel.tile_bytes, 1, MOST_CHUNK_TILES);
 }
 
 struct Shared {
@@ -278,7 +297,7 @@ struct Shared {
         Panel& panel = job.panel;
         panel.packed = cutter.cut<char>(panel.tiles * panel.tile_bytes);
         panel.half_norms = cutter.cut<float>(panel.tiles * TILE_CODES);
-        panel.centre = cutter.cut<float>(panel.D);
+        panel.centre = cutter.cut<float>(padded(panel.D));
         job.assigned = cutter.cut<uint8_t>(job.blocks);
         mean = cutter.cut<double>(panel.D);
     }
@@ -296,9 +315,11 @@ Outcome run(const NearestCall& call) {
     if (!memory.take(sizes.used)) return NO_MEMORY;
     Cutter cutter{(char*)memory.block};
     shared.cut(cutter, job);
+    __builtin_memset(job.panel.centre, 0, (size_t)padded(call.D) * sizeof(float));
     __builtin_memset(job.assigned, 0, (size_t)job.blocks);
     measure(job.panel, call.codebook, shared.mean);
     set_scale_and_bound(job.panel);
+    expect_to_fill(call.quantized, (size_t)(call.N * call.D) * sizeof(T));
     run_together(job.panel.tiles > 64 ? call.threads : 1, pack_tiles, &job);
     if (call.sums) {
         __builtin_memset(call.counts, 0, (size_t)call.K * sizeof *call.counts);

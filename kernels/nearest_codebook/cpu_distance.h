@@ -7,34 +7,40 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int WIDE = 16;  // partial sums of a distance
-typedef float WideFloats __attribute__((vector_size(4 * WIDE)));
-typedef double WideDoubles __attribute__((vector_size(8 * WIDE)));
+constexpr int WIDE = 16;  // partial sums of a distance: one vector of the widest level, several of the others
+constexpr int PARTS = WIDE / LANES;
 
 inline int64_t padded(int64_t D) { return (D + WIDE - 1) / WIDE * WIDE; }
 
-template <class Vector, class Float>
-inline Float sum_of(Vector v) {
-    for (int half = WIDE / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+// Partial sums i and i + 8, then i and i + 4, and so on.
+inline float sum_of(const Floats (&parts)[PARTS]) {
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    const auto* all = (const char*)parts;
+    const Eight eight = load<Eight>(all) + load<Eight>(all + 32);
+    const Four four = load<Four>(&eight) + load<Four>((const char*)&eight + 16);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline void add_squares(Floats (&sums)[PARTS], const float* row, const float* code) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+        const Floats away = load<Floats>(row + part * LANES) - load<Floats>(code + part * LANES);
+        sums[part] += away * away;
+    }
 }
 
 // |row - code|^2 in float32. `row` is padded with zeros to a multiple of WIDE, `code` ends at D.
 inline float distance32(const float* row, const float* code, int64_t D) {
-    WideFloats sum = {};
+    Floats sums[PARTS] = {};
     int64_t d = 0;
-    for (; d + WIDE <= D; d += WIDE) {
-        const WideFloats away = load<WideFloats>(row + d) - load<WideFloats>(code + d);
-        sum += away * away;
-    }
+    for (; d + WIDE <= D; d += WIDE) add_squares(sums, row + d, code + d);
     if (d < D) {
         float tail[WIDE] = {};
         __builtin_memcpy(tail, code + d, (size_t)(D - d) * sizeof(float));
-        const WideFloats away = load<WideFloats>(row + d) - load<WideFloats>(tail);
-        sum += away * away;
+        add_squares(sums, row + d, tail);
     }
-    return sum_of<WideFloats, float>(sum);
+    return sum_of(sums);
 }
 
 inline double distance64(const float* row, const float* code, int64_t D) {
@@ -61,7 +67,8 @@ inline Nearest nearest_of(const float* row, const float* codebook, int64_t D, co
     int64_t first = -1;
     for (int64_t i = 0; i < count; ++i) {
         distances[i] = distance32(row, codebook + (codes ? codes[i] : i) * D, D);
-        if (distances[i] < best) best = distances[i], first = i;
+        first = distances[i] < best ? i : first;
+        best = distances[i] < best ? distances[i] : best;
     }
     const bool reliable = best >= 1e-30f && best <= 1e37f;  // no square underflowed, none overflowed
     const float limit = reliable ? best + best * rounding : __builtin_inff();

@@ -93,21 +93,21 @@ inline void pack_tile(const Panel& panel, const float* codebook, int64_t tile) {
     }
 }
 
-// Writes for TILE_ROWS rows and `tiles` tiles, in each slot, the smaller score of two codes. `rows`: int16 pairs.
-inline void score_int16(const int16_t* rows, int64_t row_stride, const char* packed, int64_t D, int64_t tiles,
-                        const float* half_norms, const float* factors, float* slots, int64_t slot_stride) {
-    const int64_t pairs = pairs_of(D);
+// Writes for TILE_ROWS rows and `tiles` tiles, in each slot, the smaller score of two codes.
+// rows: [D / 2][TILE_ROWS] pairs of int16. One pointer for all of them: six would not fit the registers.
+inline void score_int16(const int32_t* rows, const char* packed, int64_t D, int64_t tiles, const float* half_norms,
+                        const float* factors, float* slots, int64_t slot_stride) {
+    const int32_t* const end = rows + pairs_of(D) * TILE_ROWS;
     const char* code = packed;
     for (int64_t tile = 0; tile < tiles; ++tile, half_norms += TILE_CODES) {
         Ints dot[TILE_ROWS][2] = {};
-        for (int64_t p = 0; p < pairs; ++p, code += 2 * VECTOR_BYTES) {
+#pragma GCC unroll 2
+        for (const int32_t* pair = rows; pair != end; pair += TILE_ROWS, code += 2 * VECTOR_BYTES) {
             const Shorts left = load<Shorts>(code), right = load<Shorts>(code + VECTOR_BYTES);
 #pragma GCC unroll 12
             for (int i = 0; i < TILE_ROWS; ++i) {
-                int32_t pair;
-                __builtin_memcpy(&pair, rows + i * row_stride + 2 * p, sizeof pair);
-                dot[i][0] += multiply_pairs(pair, left);
-                dot[i][1] += multiply_pairs(pair, right);
+                dot[i][0] += multiply_pairs(pair[i], left);
+                dot[i][1] += multiply_pairs(pair[i], right);
             }
         }
         const Floats left = load<Floats>(half_norms), right = load<Floats>(half_norms + LANES);
@@ -121,19 +121,19 @@ inline void score_int16(const int16_t* rows, int64_t row_stride, const char* pac
     }
 }
 
-// The same in float32; `rows` are moved and scaled.
-inline void score_float32(const float* rows, int64_t row_stride, const char* packed, int64_t D, int64_t tiles,
-                          const float* half_norms, float* slots, int64_t slot_stride) {
+// The same in float32. rows: [D][TILE_ROWS], moved and scaled.
+inline void score_float32(const float* rows, const char* packed, int64_t D, int64_t tiles, const float* half_norms,
+                          float* slots, int64_t slot_stride) {
+    const float* const end = rows + D * TILE_ROWS;
     const char* code = packed;
     for (int64_t tile = 0; tile < tiles; ++tile, half_norms += TILE_CODES) {
         Floats dot[TILE_ROWS][2] = {};
-        for (int64_t d = 0; d < D; ++d, code += 2 * VECTOR_BYTES) {
+        for (const float* value = rows; value != end; value += TILE_ROWS, code += 2 * VECTOR_BYTES) {
             const Floats left = load<Floats>(code), right = load<Floats>(code + VECTOR_BYTES);
 #pragma GCC unroll 12
             for (int i = 0; i < TILE_ROWS; ++i) {
-                const Floats value = repeat(rows[i * row_stride + d]);
-                dot[i][0] = multiply_add(value, left, dot[i][0]);
-                dot[i][1] = multiply_add(value, right, dot[i][1]);
+                dot[i][0] = multiply_add(repeat(value[i]), left, dot[i][0]);
+                dot[i][1] = multiply_add(repeat(value[i]), right, dot[i][1]);
             }
         }
         const Floats left = load<Floats>(half_norms), right = load<Floats>(half_norms + LANES);
@@ -144,6 +144,11 @@ inline void score_float32(const float* rows, int64_t row_stride, const char* pac
 }
 
 constexpr int MOST_KEPT = 24;
+constexpr int64_t SLOT_BYTES = 16 << 10;  // scores of one microkernel's rows: half of an L1 cache
+constexpr int64_t MOST_CHUNK_TILES = SLOT_BYTES / (TILE_ROWS * VECTOR_BYTES);
+
+// Slots of one row and chunk are padded with this many tiles of infinity.
+constexpr int64_t padded_tiles(int64_t tiles) { return (tiles + 3) / 4 * 4; }
 
 // What is known of one row while tiles pass by: its best score so far, and the slots within the margin of it.
 struct Kept {
@@ -175,18 +180,28 @@ inline void keep(Kept& kept, int64_t slot, float score, float limit) {
 // Takes the scores of `tiles` tiles, the first of which has slot number `first`, into account.
 inline void sift(Kept& kept, const float* slots, int64_t tiles, int64_t first) {
     if (kept.all) return;
-    Floats least = load<Floats>(slots);
-    for (int64_t t = 1; t < tiles; ++t) least = smaller(least, load<Floats>(slots + t * LANES));
+    // hardly any vector holds a candidate: four at a time are looked at through their smallest
+    Floats fours[(MOST_CHUNK_TILES + 3) / 4];
+    Floats least = repeat(INFINITE);
+    const int64_t groups = (tiles + 3) / 4;
+    for (int64_t g = 0; g < groups; ++g) {
+        const float* four = slots + g * 4 * LANES;
+        fours[g] = smaller(smaller(load<Floats>(four), load<Floats>(four + LANES)),
+                           smaller(load<Floats>(four + 2 * LANES), load<Floats>(four + 3 * LANES)));
+        least = smaller(least, fours[g]);
+    }
     const float best = smallest_lane(least);
     kept.best = best < kept.best ? best : kept.best;
-    if (kept.best == INFINITE) return;
     const float limit = kept.best + kept.margin;
-    if (best > limit) return;
-    for (int64_t t = 0; t < tiles; ++t) {
-        uint32_t bits = lanes_at_most(load<Floats>(slots + t * LANES), repeat(limit));
-        for (; bits && !kept.all; bits &= bits - 1) {
-            const int64_t slot = t * LANES + __builtin_ctz(bits);
-            keep(kept, first + slot, slots[slot], limit);
+    if (best > limit || best == INFINITE) return;
+    for (int64_t g = 0; g < groups; ++g) {
+        if (!lanes_at_most(fours[g], repeat(limit))) continue;
+        for (int64_t t = 4 * g; t < 4 * g + 4; ++t) {
+            uint32_t bits = lanes_at_most(load<Floats>(slots + t * LANES), repeat(limit));
+            for (; bits && !kept.all; bits &= bits - 1) {
+                const int64_t slot = t * LANES + __builtin_ctz(bits);
+                keep(kept, first + slot, slots[slot], limit);
+            }
         }
     }
 }
