@@ -73,7 +73,7 @@ def _run(asked: argparse.Namespace) -> int:
     if asked.plot and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib; install it with: pip install 'fastvid-torch[bench]'.")
     old = read_results(asked.against) if asked.against else None
-    results = run_cases(cases, QUICK_ROUNDS if asked.quick else ROUNDS, asked.json and _result_file(asked.json))
+    results = run_cases(cases, QUICK_ROUNDS if asked.quick else ROUNDS, asked.json and result_file(asked.json))
     _write_reports(results, asked)
     failed = any(case["check"].startswith("failed") for case in results["cases"])
     return 1 if failed else 0 if old is None else _against(results, old)
@@ -87,7 +87,7 @@ def _chosen(cases: list, names: list[str] | None) -> list:
     return [known[name] for name in dict.fromkeys(names)] if names else cases
 
 
-def _result_file(asked: str) -> Path:
+def result_file(asked: str) -> Path:
     """Where results go; what stands in the way is found before anything is measured."""
     path = Path(asked)
     if path.is_dir() or asked.endswith("/"):
@@ -113,7 +113,7 @@ def run_cases(cases: list, rounds: int, path: Path | None = None) -> dict[str, A
     from cases import measure
     from report import text_of
 
-    results = {"schema": SCHEMA, "device": device_name(), "versions": versions(), "cases": []}
+    results = new_results()
     told = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     print(f"{results['device']}; {told}\nfastvid is {importlib.util.find_spec('fastvid').origin}", flush=True)
     for case in cases:
@@ -124,6 +124,11 @@ def run_cases(cases: list, rounds: int, path: Path | None = None) -> dict[str, A
     return results
 
 
+def new_results() -> dict[str, Any]:
+    """A result file of this device and these versions, without results."""
+    return {"schema": SCHEMA, "device": device_name(), "versions": versions(), "cases": []}
+
+
 def _teller(name: str):
     """Progress on a terminal; nothing in a log."""
     if not sys.stderr.isatty():
@@ -132,11 +137,14 @@ def _teller(name: str):
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its number of cores."""
+    """The GPU's name, or the processor's."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's name with its number of cores."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -175,16 +183,24 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """Write atomically; cases of an existing file that were not measured now are kept if they are comparable."""
-    cases = {case["case"]: case for case in results["cases"]}
+    """Write what was measured into a file: its other cases are kept if they are comparable, what was verified on the
+    same device in any case."""
+    cases, kept = {case["case"]: case for case in results["cases"]}, {}
     if path.is_file():
         old = read_results(path)
         if (old["device"], old["versions"]) == (results["device"], results["versions"]):
             cases = {case["case"]: case for case in old["cases"]} | cases
-        else:
+        elif old["cases"]:
             print(f"{path}: its results, of another device or other versions, are replaced")
+        if old["device"] == results["device"] and "verified" in old:
+            kept = {"verified": old["verified"]}
+    write_file(results | {"cases": list(cases.values())} | kept, path)
+
+
+def write_file(results: dict[str, Any], path: Path) -> None:
+    """Write a result file beside its place, then put it there."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(results | {"cases": list(cases.values())}, indent=1) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(new, path)
 
 
