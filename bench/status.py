@@ -162,10 +162,14 @@ def verify(path: Path) -> int:
             note(path, entry, keep=not broken)
             code = 1 if broken else code
     if not interpreted and "cuda" not in laws.devices():
-        # triton reads the variable once, when it is imported: a process of its own
-        again = [sys.executable, __file__, "--verify", "--json", str(path)]
-        code = subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode or code
+        code = _interpreted(path) or code
     return code
+
+
+def _interpreted(path: Path) -> int:
+    """The same in a process of its own: triton reads the variable once, when it is imported."""
+    again = [sys.executable, __file__, "--verify", "--json", str(path)]
+    return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
 
 
 def _served(place: str) -> Iterator[tuple[Any, str]]:
