@@ -30,6 +30,7 @@ class Bench:
     """One backend of one op on one device, and how much is asked of it.
 
     shapes: sizes drawn at random; repeats: of one call whose bits are compared. seed: of both and of all values.
+    work:   named sizes that ask for more operations are left out; None leaves none out.
     """
 
     subject: Subject
@@ -38,6 +39,11 @@ class Bench:
     shapes: int = 200
     repeats: int = 5
     seed: int = 0
+    work: int | None = None
+
+    @property
+    def cases(self) -> list:
+        return [case for case in self.subject.cases if self.work is None or case.work <= self.work]
 
     def make(self, case, dtype: torch.dtype) -> tuple:
         return self.subject.make(case, self.device, dtype)
@@ -61,7 +67,7 @@ def why_not(subject: Subject, backend: str, device: str = "cpu", asked: bool = T
 
 def named_sizes(bench: Bench) -> None:
     """Right within the yardstick at every named size, in every dtype."""
-    for case in bench.subject.cases:
+    for case in bench.cases:
         for dtype in bench.subject.dtypes:
             with _told(case, dtype):
                 bench.judged(case, dtype)
@@ -85,14 +91,14 @@ def empty_batch(bench: Bench) -> None:
 def any_strides(bench: Bench) -> None:
     """Right from arguments that are spread out in memory."""
     for dtype in bench.subject.dtypes:
-        args = bench.make(bench.subject.cases[-1], dtype)
+        args = bench.make(bench.cases[-1], dtype)
         spread = tuple(_spread(a) if isinstance(a, Tensor) and a.ndim > 1 else a for a in args)
         bench.subject.judge(args, bench.call(spread))
 
 
 def same_bits(bench: Bench) -> None:
     """The same call gives the same bits every time."""
-    args = bench.make(bench.subject.cases[-1], bench.subject.dtypes[0])
+    args = bench.make(bench.cases[-1], bench.subject.dtypes[0])
     first = bench.call(args)
     for _ in range(bench.repeats):
         same = all(torch.equal(a, b) for a, b in zip(first, bench.call(args), strict=True))

@@ -17,7 +17,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class Subject:
     """An op with what its laws need; a room's cases.py lists one for each of its ops.
 
-    cases:  named sizes; empty: one without rows, None where the op knows none; drawn: a size at random.
+    cases:  named sizes, each with the `work` it asks for; empty: one without rows, None where the op knows none.
+    drawn:  a size at random.
     make:   arguments of the op for (case, device, dtype), by position.
     judge:  raises AssertionError unless the result of a call is right for these arguments.
     call:   calls a function of the op's arguments, leaving them as they are, and returns what is judged.

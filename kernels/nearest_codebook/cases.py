@@ -25,6 +25,11 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def work(self) -> int:
+        """Multiply-adds of a lookup."""
+        return self.N * self.K * self.D
+
     def make(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Fresh random rows [N, D] in `dtype` and codebook [K, D] in float32 (float64 for float64 rows)."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
