@@ -197,3 +197,11 @@ class Codebook(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def perplexity(indices: Tensor, codebook_size: int) -> Tensor:
+    """How many codes a batch uses, as exp of the entropy of their frequencies: between 1 and `codebook_size`."""
+    codes = indices.flatten()
+    frequency = codes.new_zeros(codebook_size).scatter_add_(0, codes, torch.ones_like(codes)).double()
+    frequency = frequency / frequency.sum()
+    return torch.exp(torch.special.entr(frequency).sum()).float()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastvid import ops
 from fastvid.nn.codebook import Codebook
 from fastvid.nn.options import VECTOR_QUANTIZE, VECTOR_QUANTIZE_FORWARD, refuse
-from fastvid.nn.through import rotated_through, straight_through
+from fastvid.nn.through import past_quantizer
 
 
 class LossBreakdown(NamedTuple):
@@ -107,21 +107,19 @@ class VectorQuantize(nn.Module):
         })  # fmt: skip
         tokens, grid = self._tokens(x)  # [B, N, dim]
         mask = _mask_of(mask, lens, tokens, grid)  # [B, N]
-        rows = self._rows(self.project_in(tokens), x.dtype)
         row_mask = None if mask is None else self._repeat_for_heads(mask)
+        rows = self._rows(self.project_in(tokens), x.dtype, row_mask)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        priced = self.training and self.commitment_weight > 0
-        near = self._codebook(
-            rows if priced else [part.detach() for part in rows], row_mask, self.training and not frozen
-        )
+        near = self._codebook([part.detach() for part in rows], row_mask, self.training and not frozen)
+        codes, distances = self._past(rows, near, x.requires_grad and self.route_gradients_to_input)
+        quantized, indices = self._as_tokens(codes, near, tokens, mask)
         zero = torch.zeros((), device=x.device)
-        commitment = self._commitment(near, tokens, row_mask) if priced else zero
+        priced = self.training and self.commitment_weight > 0
+        commitment = self._commitment(codes, distances, tokens, row_mask) if priced else zero
         loss = commitment * self.commitment_weight
         if self.training and torch.is_grad_enabled() and not loss.requires_grad:
-            loss.requires_grad_()  # so that a loss without a trained input before it can still be called backward
-        quantized = self._unflatten(self._quantized(x, rows, near, tokens, mask), grid)
-        indices = self._indices(near, tokens, mask)
-        out = (quantized, indices.unflatten(1, grid) if grid else indices[:, 0], loss)
+            loss.requires_grad_()  # so that a loss without anything trained before it can still be called backward
+        out = (self._unflatten(quantized, grid), indices.unflatten(1, grid) if grid else indices[:, 0], loss)
         return (*out, LossBreakdown(commitment, zero, zero, zero)) if return_loss_breakdown else out
 
     @property
@@ -158,29 +156,28 @@ class VectorQuantize(nn.Module):
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """[B, N, dim] and the shape that N was."""
+        shapes = {4: "[B, D, H, W]", 5: "[B, D, T, H, W]", None: "[B, ..., D]" if self.channel_last else "[B, D, ...]"}
         wanted = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else None
         channels = x.movedim(1, -1) if self._channels_first and x.ndim > 2 else x  # [B, ..., dim]
         if x.ndim < 2 or (wanted and x.ndim != wanted) or channels.shape[-1] != self.dim:
             raise ValueError(
-                f"VectorQuantize: `x` must be {self._wanted_shape()} with D = {self.dim}, got {list(x.shape)}; "
+                f"VectorQuantize: `x` must be {shapes[wanted]} with D = {self.dim}, got {list(x.shape)}; "
                 "`channel_last`, `accept_image_fmap` and `accept_3d_fmap` say where D is."
             )
         grid = channels.shape[1:-1]
         return channels.flatten(1, -2) if grid else x[:, None], grid
 
-    def _wanted_shape(self) -> str:
-        if self.accept_image_fmap or self.accept_3d_fmap:
-            return "[B, D, H, W]" if self.accept_image_fmap else "[B, D, T, H, W]"
-        return "[B, ..., D]" if self.channel_last else "[B, D, ...]"
-
-    def _rows(self, inner: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _rows(self, inner: Tensor, dtype: torch.dtype, mask: Tensor | None) -> list[Tensor]:
         """What each codebook sees: one list entry a codebook, [M, D]. [B, N, heads * D] -> S times [M, D]."""
         # under autocast a projection is in half precision; codes are compared in the input's, or in float32 at most
         inner = inner.to(torch.float32 if dtype == torch.float64 else dtype)
         split = self._codebook.transform_input(inner.unflatten(2, (self.heads, self.codebook_dim)))  # [B, N, A, D]
         if self.separate_codebook_per_head:
-            return [head.flatten(0, 1) for head in split.unbind(2)]
-        return [split.transpose(1, 2).flatten(0, 2)]
+            rows = [head.flatten(0, 1) for head in split.unbind(2)]
+        else:
+            rows = [split.transpose(1, 2).flatten(0, 2)]
+        # not even a NaN in the padding may reach a gradient
+        return rows if mask is None else [torch.where(mask[:, None], part, 0) for part in rows]
 
     def _repeat_for_heads(self, tokens: Tensor) -> Tensor:
         """[B, N, ...] -> [M, ...], a token's value for each row of a codebook that comes of it."""
@@ -193,38 +190,40 @@ class VectorQuantize(nn.Module):
             return torch.stack(parts, dim=1).unflatten(0, (B, N))
         return parts[0].unflatten(0, (B, self.heads, N)).transpose(1, 2)
 
-    def _commitment(self, near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None) -> Tensor:
-        distance = [n.squared_distance for n in near]  # S times [M]
+    def _past(
+        self, rows: list[Tensor], near: list[ops.Nearest], routed: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes S times [M, D] and squared distances S times [M], with the gradients that training wants."""
+        codes, distances = [n.quantized for n in near], [n.squared_distance for n in near]
+        if not (self.training and torch.is_grad_enabled() and rows[0].requires_grad):
+            return codes, distances
+        past = [past_quantizer(*parts, self.rotation_trick) for parts in zip(rows, codes, distances, strict=True)]
+        return [code for code, _ in past] if routed else codes, [distance for _, distance in past]
+
+    def _commitment(
+        self, codes: list[Tensor], distances: list[Tensor], tokens: Tensor, mask: Tensor | None
+    ) -> Tensor:
         D = self.codebook_dim
         if mask is None:
-            return sum(part.mean() for part in distance) / (len(distance) * D)
+            return sum(part.mean() for part in distances) / (len(distances) * D)
         if D == self.dim and (self.has_projections or self._codebook.use_cosine_sim):
             # the popular layer, given a mask, compares with its input as it came
             wanted = self._repeat_for_heads(tokens).float()
-            distance = [(n.quantized.detach().float() - wanted).square().sum(dim=1) for n in near]
-        total = sum(torch.where(mask, part, 0).sum() for part in distance)
-        return total / (mask.sum() * len(distance) * D)
+            distances = [(code.detach().float() - wanted).square().sum(dim=1) for code in codes]
+        total = sum(torch.where(mask, part, 0).sum() for part in distances)
+        return total / (mask.sum() * len(distances) * D)
 
-    def _quantized(
-        self, x: Tensor, rows: list[Tensor], near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """[B, N, dim], with its gradient."""
-        codes = [n.quantized.detach() for n in near]
-        if self.training and x.requires_grad and self.route_gradients_to_input:
-            through = rotated_through if self.rotation_trick else straight_through
-            codes = [through(part, code) for part, code in zip(rows, codes, strict=True)]
-        quantized = self.project_out(self._heads_last(codes, *tokens.shape[:2]).flatten(2).to(x.dtype))
-        if mask is None:
-            return quantized
-        padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
-        return torch.where(mask[..., None], quantized, padding)
-
-    def _indices(self, near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, N], or [B, N, A] for several heads."""
-        indices = self._heads_last([n.indices for n in near], *tokens.shape[:2])  # [B, N, A]
+    def _as_tokens(
+        self, codes: list[Tensor], near: list[ops.Nearest], tokens: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Quantized [B, N, dim], and indices [B, N], or [B, N, A] for several heads."""
+        quantized = self.project_out(self._heads_last(codes, *tokens.shape[:2]).flatten(2).to(tokens.dtype))
+        indices = self._heads_last([n.indices for n in near], *tokens.shape[:2])
         if mask is not None:
+            padding = torch.zeros_like(tokens) if self.return_zeros_for_masked_padding else tokens
+            quantized = torch.where(mask[..., None], quantized, padding)
             indices = torch.where(mask[..., None], indices, -1)
-        return indices if self.heads > 1 else indices[..., 0]
+        return quantized, indices if self.heads > 1 else indices[..., 0]
 
     def _unflatten(self, quantized: Tensor, grid: torch.Size) -> Tensor:
         if not grid:
@@ -247,11 +246,3 @@ def _mask_of(mask: Tensor | None, lens: Tensor | None, tokens: Tensor, grid: tor
             f"got {mask.dtype} {list(mask.shape)}."
         )
     return mask.flatten(1)
-
-
-def perplexity(indices: Tensor, codebook_size: int) -> Tensor:
-    """How many codes a batch uses, as exp of the entropy of their frequencies: between 1 and `codebook_size`."""
-    codes = indices.flatten()
-    frequency = codes.new_zeros(codebook_size).scatter_add_(0, codes, torch.ones_like(codes)).double()
-    frequency = frequency / frequency.sum()
-    return torch.exp(torch.special.entr(frequency).sum()).float()

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastvid
 from fastvid.nn import VectorQuantize, perplexity
 from fastvid.nn.draw import distant_rows, stratified_rows
-from fastvid.nn.through import rotated_through, straight_through
+from fastvid.nn.through import past_quantizer
 
 
 def test_straight_through_and_commitment():
@@ -40,27 +40,37 @@ def test_quantised_rows_come_from_the_codebook_before_its_update():
 
 
 def test_gradient_of_the_rotation_is_that_of_its_matrix():
-    x, code = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
-    x.requires_grad_()
-    (x_grad,) = torch.autograd.grad(rotated_through(x, code), x, upstream := torch.randn_like(code))
-    u, v = F.normalize(x.detach(), dim=1), F.normalize(code, dim=1)
+    x, code, upstream = torch.randn(3, 50, 3, dtype=torch.float64).unbind()
+    code[0] = -1.5 * x[0] + 0.01  # nearly opposite directions, between which the middle one is hard to see
+    code[1] = 2 * x[1]
+    pull = torch.randn(50, dtype=torch.float64)
+    u, v = F.normalize(x, dim=1), F.normalize(code, dim=1)
     w = F.normalize(u + v, dim=1)
     turn = torch.eye(3).double() - 2 * w[:, :, None] * w[:, None] + 2 * v[:, :, None] * u[:, None]
-    turn = turn * (code.norm(dim=1) / x.detach().norm(dim=1))[:, None, None]
-    torch.testing.assert_close((turn @ x.detach()[..., None])[..., 0], code)  # it takes every x to its code
-    torch.testing.assert_close(x_grad, (upstream[:, None] @ turn)[:, 0], rtol=1e-5, atol=1e-5)
+    turn = turn * (code.norm(dim=1) / x.norm(dim=1))[:, None, None]
+    torch.testing.assert_close((turn @ x[..., None])[..., 0], code)  # it takes every x to its code
+    a = x.clone().requires_grad_()
+    outputs = past_quantizer(a, code, (x - code).square().sum(1), rotate=True)
+    (x_grad,) = torch.autograd.grad(outputs, a, (upstream, pull))
+    wanted = (upstream[:, None] @ turn)[:, 0] + 2 * pull[:, None] * (x - code)
+    torch.testing.assert_close(x_grad, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("through", [straight_through, rotated_through])
-def test_what_comes_through_are_the_codes_even_of_rows_without_a_direction(through):
+@pytest.mark.parametrize("rotate", [False, True])
+def test_what_passes_are_the_codes_even_of_rows_without_a_direction(rotate):
     x, code = torch.randn(6, 4), torch.randn(6, 4)
     x[0] = 0
     code[1] = 0
     x.requires_grad_()
-    out = through(x, code)
-    assert torch.equal(out, code) and out.requires_grad
-    out.sum().backward()
-    assert x.grad.isfinite().all()
+    distance = (x.detach() - code).square().sum(1)
+    out, far = past_quantizer(x, code, distance, rotate)
+    assert torch.equal(out, code) and torch.equal(far, distance) and out.requires_grad
+    (only_far,) = torch.autograd.grad(far.sum(), x, retain_graph=True)
+    torch.testing.assert_close(only_far, 2 * (x - code).detach())
+    (only_out,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    (both,) = torch.autograd.grad(out.sum() + far.sum(), x)
+    assert both.isfinite().all()
+    torch.testing.assert_close(both, only_far + only_out)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,8 @@ def test_padding_changes_nothing():
 def test_gradients_of_padding_are_zero():
     x = torch.randn(2, 5, 4, requires_grad=True)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]).bool()
-    quantized, _, loss = VectorQuantize(4, 8)(x, lens=torch.tensor([2, 4]))
+    garbage = torch.where(mask[..., None], x, torch.nan)
+    quantized, _, loss = VectorQuantize(4, 8)(garbage, lens=torch.tensor([2, 4]))
     (loss + quantized.sum()).backward()
     assert (x.grad[~mask] == 0).all() and (x.grad[mask] != 0).any(1).all() and x.grad.isfinite().all()
 
@@ -283,6 +294,24 @@ def test_compiles_whole(options, masked):
     for one, other in zip(compiled(x), eager(x), strict=True):
         torch.testing.assert_close(one, other)
     assert counter.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"threshold_ema_dead_code": 1}, {"kmeans_init": True}, {"use_cosine_sim": True},
+                                     {"draw": "distance", "threshold_ema_dead_code": 1}])  # fmt: skip
+def test_a_training_step_never_waits_for_the_device(options):
+    layer = VectorQuantize(8, 16, **options).cuda()
+    x = torch.randn(4, 60, 8, device="cuda", requires_grad=True)
+    mask = torch.rand(4, 60, device="cuda") > 0.3
+    layer(x), layer(x, mask=mask)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            quantized, _, loss = layer(x, mask=mask)
+            (loss + quantized.square().sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
