@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one command for a machine with a GPU: builds the native code where that is possible, runs the GPU tests, tunes,
-# times every GPU case and writes bench/results/<device>.json.
+# The one command for a machine with a GPU: builds the native code where that is possible, runs the GPU tests, holds the
+# laws of every op and backend, tunes, times every GPU case and writes bench/results/<device>.json and kernels/*/tuned.json.
 #
 #     bash bench/gpu.sh            PYTHON=python3.12 bash bench/gpu.sh
 #
@@ -28,7 +28,7 @@ if [ -z "$device" ]; then
 fi
 
 sources=$(find CMakeLists.txt pyproject.toml fastvid kernels bench tests -type f \
-    -regex '.*\.\(py\|cpp\|cu\|h\|sh\|txt\|toml\)' -print0 |
+    -regex '.*\.\(py\|c\|cpp\|cu\|h\|sh\|txt\|toml\)' -print0 |
     LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)
 state=out/gpu/$(printf %s "$device" | tr -c 'A-Za-z0-9' '-')-$sources
 mkdir -p "$state"
@@ -49,12 +49,15 @@ step() {
         echo "== $name: no time left"
         return
     fi
-    [ "$limit" -lt "$left" ] || limit=$left
+    local cut=
+    [ "$limit" -lt "$left" ] || { limit=$left; cut=yes; }
     echo "== $name"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$state/$name.log"
     code=${PIPESTATUS[0]}
     if [ "$code" = 0 ]; then
         echo "$((SECONDS - started)) s" >"$state/$name.done"
+    elif [ "$code" = 124 ] && [ -n "$cut" ]; then
+        late+=("$name")
     else
         failed+=("$name (exit code $code$([ "$code" = 124 ] && echo ", over $limit s"))")
     fi
@@ -73,34 +76,28 @@ build() {
 }
 
 gpu_tests() {
-    # files without a GPU test are left out: what they import may be missing here
-    local files code
-    mapfile -t files < <("$python" - <<'PYTHON'
-import ast, pathlib
-for path in sorted(pathlib.Path("tests").rglob("test_*.py")):
-    text = path.read_text(encoding="utf-8")
-    arguments = {node.arg for node in ast.walk(ast.parse(text)) if isinstance(node, ast.arg)}
-    if "device" in arguments or "mark.gpu" in text:
-        print(path)
-PYTHON
-    )
-    [ "${#files[@]}" -gt 0 ] || { echo "no test names a GPU"; return 0; }
-    "$python" -m pytest -q -m gpu -p no:cacheprovider -rs "${files[@]}"
-    code=$?
-    [ "$code" = 5 ] && { echo "none of these tests is marked gpu"; return 0; }
-    return "$code"
+    local files parallel=()
+    mapfile -t files < <("$python" bench/gpu_tests.py)
+    [ "${#files[@]}" -gt 0 ] || { echo "no test names a GPU"; return 1; }
+    # most of the time goes into compiling kernels, which many processes do faster
+    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+    "$python" -m pytest -q -m gpu -p no:cacheprovider -rs "${parallel[@]}" "${files[@]}"
 }
 export -f build gpu_tests
 export python
 
-step build 240 bash -c build
+step build 150 bash -c build
 step tests 240 bash -c gpu_tests
-step tune 180 "$python" bench/run.py --tune
-for case in $("$python" bench/run.py --list | awk '$1 ~ /_gpu/ { print $1 }'); do
-    step "$case" 180 "$python" bench/run.py --case "$case" --json bench/results/
+step verify 150 "$python" bench/status.py --verify --json bench/results/
+step tune 150 "$python" bench/run.py --tune
+cases=$("$python" bench/run.py --list | awk '$1 ~ /_gpu/ { print $1 }')
+[ -n "$cases" ] || failed+=("list of cases")
+for case in $cases; do
+    step "$case" 150 "$python" bench/run.py --case "$case" --json bench/results/
 done
 
 [ "${#late[@]}" = 0 ] || echo "gpu.sh: not done in time: ${late[*]}; call it again to go on."
 [ "${#failed[@]}" = 0 ] || { printf 'gpu.sh: failed: %s\n' "${failed[@]}"; exit 1; }
 [ "${#late[@]}" = 0 ] || exit 4
-echo "gpu.sh: all done in $SECONDS s; results are in bench/results/"
+echo "gpu.sh: all done in $SECONDS s; results are in bench/results/ and kernels/*/tuned.json"
+echo "gpu.sh: to put them into the README: $python bench/status.py --write"
