@@ -49,13 +49,14 @@ def _open(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     if path is None:
         return None, f"libfastvid_{name}.so was not built; install a C++20 compiler, then run: pip install -e ."
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))  # and not PyDLL: other Python threads run while a kernel does
+        built = library.fastvid_abi_version()
+        if built != ABI_VERSION:
+            versions = f"has ABI {built}, this fastvid needs {ABI_VERSION}"
+            return None, f"{path.name} {versions}; build it again: pip install -e ."
         _type_functions(library, SIGNATURES[name])
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded ({error}); build it again: pip install -e ."
-    built = library.fastvid_abi_version()
-    if built != ABI_VERSION:
-        return None, f"{path.name} has ABI {built}, this fastvid needs {ABI_VERSION}; build it again: pip install -e ."
     wrong = _use_isa(library) if name == "cpu" else None
     return (None, wrong) if wrong else (library, None)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fastvid import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+LEVELS = ["generic", "v2", "v3", "v4"]  # in rising order
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler, this machine has none")
 
 
@@ -52,18 +54,8 @@ def test_an_install_with_a_compiler_has_the_library():
 
 
 @needs_compiler
-def test_the_sources_have_the_loaders_abi(folder):
-    build(ROOT / "kernels" / "common" / "abi.cpp", folder)
-    library = _native.load()
-    assert _native.why_not() is None
-    assert library.fastvid_abi_version() == _native.ABI_VERSION
-    assert library.fastvid_cpu_isa() in (b"x86-64-v4", b"x86-64-v3", b"x86-64-v2", b"generic")
-
-
-@needs_compiler
 def test_another_abi_is_a_reason(folder):
-    build(f'extern "C" int fastvid_abi_version() {{ return {_native.ABI_VERSION + 1}; }}\n'
-          'extern "C" const char* fastvid_cpu_isa() { return "generic"; }\n', folder)  # fmt: skip
+    build(f'extern "C" int fastvid_abi_version() {{ return {_native.ABI_VERSION + 1}; }}\n', folder)
     assert _native.load() is None
     assert f"has ABI {_native.ABI_VERSION + 1}, this fastvid needs {_native.ABI_VERSION}" in _native.why_not()
 
@@ -91,3 +83,106 @@ def test_switched_off():
     environment = {"FASTVID_NATIVE": "off", "PYTHONPATH": str(Path(fastvid.__file__).parents[1])}
     told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.startswith("None switched off by FASTVID_NATIVE")
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    """The library of this installation, back at the processor's best level afterwards."""
+    library = _native.load()
+    if library is None:
+        pytest.skip(f"needs the native library: {_native.why_not()}")
+    yield library
+    library.fastvid_cpu_use_isa(library.fastvid_cpu_best_isa())
+
+
+def python(script: str, **environment: str) -> str:
+    """What a fresh Python with these environment variables prints."""
+    paths = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(fastvid.__file__).parents[1])}
+    environment = {**os.environ, **paths, **environment}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    return told.stdout.strip()
+
+
+def test_other_python_threads_run_while_a_kernel_does(library):
+    assert isinstance(library, ctypes.CDLL) and not isinstance(library, ctypes.PyDLL)
+
+
+def test_the_best_level_is_the_default(library):
+    best = library.fastvid_cpu_best_isa()
+    assert best.decode() in LEVELS
+    asked = "from fastvid import _native; print(_native.load().fastvid_cpu_isa().decode())"
+    assert python(asked, FASTVID_ISA="") == best.decode()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_can_be_forced_or_says_why_not(library, level):
+    asked = """
+from fastvid import _native
+library = _native.load()
+print(library.fastvid_cpu_isa().decode() if library else _native.why_not())
+"""
+    told = python(asked, FASTVID_ISA=level)
+    best = library.fastvid_cpu_best_isa().decode()
+    if LEVELS.index(level) <= LEVELS.index(best):
+        assert told == level
+    elif best == "generic":  # another processor family, whose library has one level
+        assert f"FASTVID_ISA={level} is no level of this library" in told
+    else:
+        assert f"FASTVID_ISA={level} is above this processor's level, which is {best}" in told
+
+
+def test_an_unknown_level_is_a_reason(library):
+    told = python("from fastvid import _native; print(_native.load(), _native.why_not())", FASTVID_ISA="v9")
+    assert told.startswith("None FASTVID_ISA=v9 is no level of this library")
+
+
+def test_levels_change_while_running(library):
+    best = library.fastvid_cpu_best_isa()
+    assert library.fastvid_cpu_use_isa(b"generic") == 0 and library.fastvid_cpu_isa() == b"generic"
+    assert library.fastvid_cpu_use_isa(b"nonsense") == 1 and library.fastvid_cpu_isa() == b"generic"
+    assert library.fastvid_cpu_use_isa(best) == 0 and library.fastvid_cpu_isa() == best
+
+
+def test_bad_arguments_have_an_outcome_and_no_crash(library):
+    assert library.fastvid_nearest_codebook(*(None, 0, 1, None, 0, 0, 4), *[None] * 6, 1, 0, None) == 2  # K = 0
+    assert library.fastvid_nearest_codebook(*(None, 7, 1, None, 0, 1, 4), *[None] * 6, 1, 0, None) == 2  # dtype 7
+
+
+def test_the_thread_pool_works_in_a_forked_child(library):
+    told = python("""
+import os
+import torch
+from fastvid.ops import _cpu
+x, codebook = torch.randn(3000, 8), torch.randn(40, 8)
+before = _cpu.nearest_codebook(x, codebook)
+child = os.fork()
+if child == 0:
+    after = _cpu.nearest_codebook(x, codebook)
+    os._exit(0 if all(torch.equal(a, b) for a, b in zip(before, after)) else 3)
+_, status = os.waitpid(child, 0)
+again = _cpu.nearest_codebook(x, codebook)
+print(os.waitstatus_to_exitcode(status), all(torch.equal(a, b) for a, b in zip(before, again)))
+""")
+    assert told == "0 True"
+
+
+def test_python_threads_may_call_at_once(library):
+    told = python("""
+import threading
+import torch
+from fastvid.ops import _cpu
+inputs = [(torch.randn(2000, 8), torch.randn(50, 8)) for _ in range(4)]
+alone = [_cpu.nearest_codebook(*one) for one in inputs]
+start, wrong = threading.Barrier(4), []
+def work(i):
+    start.wait()
+    for _ in range(30):
+        if not all(torch.equal(a, b) for a, b in zip(alone[i], _cpu.nearest_codebook(*inputs[i]))):
+            wrong.append(i)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(wrong)
+""")
+    assert told == "[]"

@@ -171,8 +171,7 @@ Nearest decide(const Job& job, Scratch& scratch, int64_t i, int64_t& rescored) {
     const Panel& panel = job.panel;
     const Kept& kept = scratch.kept[i];
     const float* row = scratch.wide + i * padded(panel.D);
-    // codes that are all the same need no search
-    const int64_t all = panel.radius > 0 || !job.screened ? panel.K : 1;
+    const int64_t all = panel.alike ? 1 : panel.K;
     int64_t codes[2 * MOST_KEPT], count = 0;
     for (int k = 0; k < kept.count; ++k) {
         if (kept.score[k] > kept.best + kept.margin) continue;

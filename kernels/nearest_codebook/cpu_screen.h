@@ -24,7 +24,8 @@ struct Panel {
     float* half_norms;  // [tiles * TILE_CODES]; infinite for padding and for codes that are not finite
     float* centre;      // [D]
     float scale;        // power of two that x - centre is multiplied by
-    double radius;      // norm of the longest moved and scaled code, rounded up; 0: all codes are the same
+    double radius;      // norm of the longest moved and scaled code, rounded up
+    bool alike;         // all codes are finite and the same
     double bound_per_norm, bound;  // error of a score <= bound_per_norm * |row| + bound
 };
 
@@ -57,6 +58,7 @@ inline void measure(Panel& panel, const float* codebook, double* mean) {
         longest = square > longest ? square : longest;
     }
     panel.radius = __builtin_sqrt(longest) * (1 + 1e-9);
+    panel.alike = longest == 0 && finite == K;
 }
 
 inline void set_scale_and_bound(Panel& panel) {

@@ -1,0 +1,162 @@
+// Random calls of nearest_codebook on heap buffers of exactly the promised size, checked against a plain loop in
+// double. Built with sanitizers: see kernels/README.md. Usage: fuzz [calls] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "common/numbers.h"
+#include "nearest_codebook/cpu.h"
+
+extern "C" {
+const char* fastvid_cpu_best_isa(void);
+int fastvid_cpu_use_isa(const char* name);
+int fastvid_nearest_codebook(const void*, int, int64_t, const float*, int64_t, int64_t, int64_t, int64_t*, void*, float*,
+                             int64_t*, float*, int64_t*, int, int, int64_t*);
+}
+
+namespace {
+
+using namespace fastvid;
+using namespace fastvid::FASTVID_LEVEL;
+
+std::mt19937_64 random_bits;
+
+int64_t between(int64_t least, int64_t most) { return least + (int64_t)(random_bits() % (uint64_t)(most - least + 1)); }
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// A buffer that ends where it says: one element more is a report of the sanitizer. Poisoned with NaN and huge numbers.
+template <class T>
+std::unique_ptr<T[]> buffer(int64_t count) {
+    std::unique_ptr<T[]> made(new T[(size_t)count]);
+    std::memset(made.get(), 0xff, (size_t)count * sizeof(T));
+    return made;
+}
+
+struct Values {
+    float size, offset, hostile;  // spread, common offset, share of hostile elements
+
+    float draw() const {
+        static const float strange[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f, 1e-20f, 1e18f, 0.0f, -0.0f};
+        if (std::uniform_real_distribution<float>()(random_bits) < hostile) return strange[between(0, 9)];
+        return offset + size * normal();
+    }
+};
+
+Values drawn_values() {
+    static const float sizes[] = {1, 1, 1, 1e-20f, 1e18f, 1e-3f, 1e6f, 0};
+    static const float hostile[] = {0, 0, 0, 0.002f, 0.2f};
+    const float size = sizes[between(0, 7)];
+    return {size, between(0, 2) ? 0 : 100 * size, hostile[between(0, 4)]};
+}
+
+int failures = 0;
+
+void expect(bool held, const char* what, int64_t call, int64_t n) {
+    if (held) return;
+    if (++failures < 20) std::fprintf(stderr, "call %lld, row %lld: %s\n", (long long)call, (long long)n, what);
+}
+
+double distance(const float* row, const float* code, int64_t D) {
+    double sum = 0;
+    for (int64_t d = 0; d < D; ++d) sum += ((double)row[d] - code[d]) * ((double)row[d] - code[d]);
+    return sum;
+}
+
+template <class T>
+void one_call(int64_t call, int x_type) {
+    const int64_t N = between(0, 5) ? between(0, 70) : between(0, 700), K = between(0, 3) ? between(1, 70) : between(1, 600);
+    const int64_t D = between(0, 3) ? between(1, 40) : between(1, 300), stride = D + (between(0, 1) ? 0 : between(1, 9));
+    const bool statistics = between(0, 3) != 0;
+    auto x = buffer<T>(N ? (N - 1) * stride + D : 0);
+    std::vector<float> wide((size_t)(N * D));
+    const Values of_rows = drawn_values(), of_codes = between(0, 2) ? Values{of_rows.size, of_rows.offset, 0} : drawn_values();
+    auto codebook = buffer<float>(K * D);
+    for (int64_t i = 0; i < K * D; ++i) codebook[(size_t)i] = of_codes.draw();
+    for (int64_t copies = between(0, 2) ? 0 : between(1, K); copies > 0; --copies)  // ties
+        std::memmove(&codebook[(size_t)(between(0, K - 1) * D)], &codebook[(size_t)(between(0, K - 1) * D)], (size_t)D * 4);
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t d = 0; d < D; ++d) {
+            T& to = x[(size_t)(n * stride + d)];
+            narrow(of_rows.draw(), to);
+            wide[(size_t)(n * D + d)] = widen(to);
+        }
+    auto indices = buffer<int64_t>(N), counts = buffer<int64_t>(K), nonfinite = buffer<int64_t>(1);
+    auto quantized = buffer<T>(N * D);
+    auto squared = buffer<float>(N), sums = buffer<float>(K * D);
+    const int outcome = fastvid_nearest_codebook(
+        x.get(), x_type, stride, codebook.get(), N, K, D, indices.get(), quantized.get(), squared.get(),
+        statistics ? counts.get() : nullptr, statistics ? sums.get() : nullptr, nonfinite.get(), (int)between(1, 7),
+        (int)between(0, 3), nullptr);
+    expect(outcome == 0, "refused", call, -1);
+
+    std::vector<bool> usable((size_t)K);
+    for (int64_t k = 0; k < K; ++k) usable[(size_t)k] = std::isfinite(distance(&codebook[(size_t)(k * D)], &codebook[(size_t)(k * D)], D));
+    std::vector<float> expected_sums((size_t)(K * D));
+    std::vector<int64_t> expected_counts((size_t)K);
+    int64_t expected_nonfinite = 0;
+    for (int64_t n = 0; n < N; ++n) {
+        const float* row = &wide[(size_t)(n * D)];
+        const int64_t chosen = indices[(size_t)n];
+        if (chosen < 0 || chosen >= K) {
+            expect(false, "index out of range", call, n);
+            continue;
+        }
+        const float* code = &codebook[(size_t)(chosen * D)];
+        for (int64_t d = 0; d < D; ++d) {
+            T wanted;
+            narrow(code[d], wanted);
+            expect(!std::memcmp(&wanted, &quantized[(size_t)(n * D + d)], sizeof(T)), "quantized", call, n);
+        }
+        if (!std::isfinite(distance(row, row, D))) {
+            ++expected_nonfinite;
+            expect(chosen == 0 && std::isnan(squared[(size_t)n]), "a row that is not finite", call, n);
+            continue;
+        }
+        double least = INFINITY;
+        bool twin = false;  // of a lower index, which ties go to
+        for (int64_t k = 0; k < K; ++k) {
+            const float* other = &codebook[(size_t)(k * D)];
+            if (usable[(size_t)k]) least = std::fmin(least, distance(row, other, D));
+            twin |= k < chosen && !std::memcmp(other, code, (size_t)D * sizeof(float));
+        }
+        if (least == INFINITY) continue;  // no code is finite
+        const double got = distance(row, code, D);
+        expect(got <= least * (1 + 1e-12), "a nearer code exists", call, n);
+        expect(!twin, "a lower index is as near", call, n);
+        const double error = std::fabs(squared[(size_t)n] - got);
+        expect(error <= got * 1e-5 + 1e-44 || (float)got >= 1e38f, "squared distance", call, n);
+        ++expected_counts[(size_t)chosen];
+        for (int64_t d = 0; d < D; ++d) expected_sums[(size_t)(chosen * D + d)] += row[d];
+    }
+    expect(nonfinite[0] == expected_nonfinite, "count of rows that are not finite", call, -1);
+    if (!statistics) return;
+    bool all_usable = true;
+    for (bool one : usable) all_usable &= one;
+    if (!all_usable) return;  // a row without a finite code belongs to none
+    expect(!std::memcmp(counts.get(), expected_counts.data(), (size_t)K * 8), "counts", call, -1);
+    for (int64_t i = 0; i < K * D; ++i) {
+        const float sum = sums[(size_t)i], wanted = expected_sums[(size_t)i];
+        expect(sum == wanted || (std::isnan(sum) && std::isnan(wanted)), "sums in row order", call, i / D);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int64_t calls = argc > 1 ? std::atoll(argv[1]) : 10000;
+    random_bits.seed(argc > 2 ? (uint64_t)std::atoll(argv[2]) : 1);
+    const char* levels[] = {"generic", "v2", "v3", "v4"};
+    for (int64_t call = 0; call < calls; ++call) {
+        fastvid_cpu_use_isa(levels[between(0, 3)]);  // a level that this processor lacks leaves the last one
+        const int x_type = (int)between(0, 2);
+        x_type == FLOAT32 ? one_call<float>(call, x_type) : x_type == BFLOAT16 ? one_call<BFloat16>(call, x_type)
+                                                                               : one_call<Float16>(call, x_type);
+    }
+    std::printf("%lld calls, best level %s, %d failures\n", (long long)calls, fastvid_cpu_best_isa(), failures);
+    return failures != 0;
+}
