@@ -297,7 +297,7 @@ def test_compiles_whole(options, masked):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"threshold_ema_dead_code": 1}, {"kmeans_init": True}, {"use_cosine_sim": True},
+@pytest.mark.parametrize("options", [{}, {"threshold_ema_dead_code": 1}, {"kmeans_init": True, "use_cosine_sim": True},
                                      {"draw": "distance", "threshold_ema_dead_code": 1}])  # fmt: skip
 def test_a_training_step_never_waits_for_the_device(options):
     layer = VectorQuantize(8, 16, **options).cuda()
