@@ -42,7 +42,10 @@ def _library(name: str) -> str:
     library = _native.load(name)
     if library is None:
         return f"none: {_native.why_not(name)}"
-    isa = f", runs {library.fastvid_cpu_isa().decode()}" if name == "cpu" else ""
+    isa = ""
+    if name == "cpu":
+        runs, best = library.fastvid_cpu_isa().decode(), library.fastvid_cpu_best_isa().decode()
+        isa = f", runs the level {runs} (this processor's best is {best})"
     return f"{library._name}, ABI {_native.ABI_VERSION}{isa}"
 
 

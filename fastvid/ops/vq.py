@@ -22,28 +22,34 @@ def _fake(x: Tensor, codebook: Tensor, statistics: bool = True, precision: str =
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x, codebook, ctx.statistics, _ = inputs
+    x, codebook, *_ = inputs
     quantized, indices, distance, counts, _, nonfinite = output
     # quantized and not the codebook: in training that has moved on before the gradient is asked for
     ctx.save_for_backward(x, quantized, indices, distance)
     ctx.codes, ctx.codebook_dtype = codebook.shape[0], codebook.dtype
     ctx.mark_non_differentiable(indices, counts, nonfinite)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_quantized, _indices, grad_distance, _counts, grad_sums, _nonfinite):
     """Of the outputs as functions of x and the codebook where the choice of codes stays as it is."""
     x, quantized, indices, distance = ctx.saved_tensors
-    away = 2 * (x.to(distance.dtype) - quantized.to(distance.dtype))  # [N, D]
-    away = torch.where(distance.isnan()[:, None], 0, away) * grad_distance[:, None]
-    grad_x = grad_codebook = None
-    if ctx.needs_input_grad[0]:
-        grad_x = away
-        if ctx.statistics:
-            grad_x = grad_x + torch.where(distance.isnan()[:, None], 0, grad_sums[indices])
-        grad_x = grad_x.to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        towards = grad_quantized.to(away.dtype) - away
-        grad_codebook = away.new_zeros(ctx.codes, x.shape[1]).index_add(0, indices, towards).to(ctx.codebook_dtype)
+    finite = ~distance.isnan()[:, None]
+    to_x, to_codes = [], []  # the parts of each row's gradient, and of what its code's is the sum of
+    if grad_distance is not None:
+        away = 2 * (x.to(distance.dtype) - quantized.to(distance.dtype)) * grad_distance[:, None]  # [N, D]
+        away = torch.where(finite, away, 0)
+        to_x.append(away)
+        to_codes.append(-away)
+    if grad_sums is not None and len(grad_sums):
+        to_x.append(torch.where(finite, grad_sums[indices], 0))
+    if grad_quantized is not None:
+        to_codes.append(grad_quantized.to(distance.dtype))
+    grad_x = sum(to_x).to(x.dtype) if to_x and ctx.needs_input_grad[0] else None
+    grad_codebook = None
+    if to_codes and ctx.needs_input_grad[1]:
+        grad_codebook = distance.new_zeros(ctx.codes, x.shape[1]).index_add(0, indices, sum(to_codes))
+        grad_codebook = grad_codebook.to(ctx.codebook_dtype)
     return grad_x, grad_codebook, None, None
 
 
