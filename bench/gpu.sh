@@ -81,7 +81,7 @@ gpu_tests() {
     [ "${#files[@]}" -gt 0 ] || { echo "no test names a GPU"; return 1; }
     # most of the time goes into compiling kernels, which many processes do faster
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-    "$python" -m pytest -q -m gpu -p no:cacheprovider -rs "${parallel[@]}" "${files[@]}"
+    "$python" -m pytest -q -m "gpu and not slow and not long" -p no:cacheprovider -rs "${parallel[@]}" "${files[@]}"
 }
 export -f build gpu_tests
 export python

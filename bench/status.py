@@ -158,7 +158,8 @@ def verify(path: Path) -> int:
     for place in ["interpreter"] if interpreted else laws.devices():
         for subject, backend in _served(place):
             entry, broken = hold(subject, backend, place)
-            print(f"{'FAIL' if broken else 'pass'}  {subject.op:22} {backend:9} {place}", *broken, sep="\n      ")
+            told = [f"{'FAIL' if broken else 'pass'}  {subject.op:22} {backend:9} {place}", *broken]
+            print("\n      ".join(told), flush=True)
             note(path, entry, keep=not broken)
             code = 1 if broken else code
     if not interpreted and "cuda" not in laws.devices():
@@ -182,7 +183,7 @@ def _served(place: str) -> Iterator[tuple[Any, str]]:
             if place == "interpreter" and backend.name != "triton":
                 continue
             if reason := laws.why_not(subject, backend.name, device):
-                print(f"skip  {subject.op:22} {backend.name:9} {place}: {reason}")
+                print(f"skip  {subject.op:22} {backend.name:9} {place}: {reason}", flush=True)
             else:
                 yield subject, backend.name
 

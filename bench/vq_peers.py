@@ -111,7 +111,7 @@ def torch_peer(rows: int, statistics: bool = True, half: bool = False, compiled:
         quantized = codebook.to(x.dtype)[indices]  # before the codebook moves
         if not statistics:
             return indices, quantized
-        counts = torch.bincount(indices, minlength=codebook.shape[0])
+        counts = _counts(indices, codebook.shape[0])
         sums = torch.zeros_like(codebook).index_add_(0, indices, x.float())
         move_(*state, counts, sums)
         return indices, quantized, counts, sums
@@ -123,6 +123,13 @@ def torch_peer(rows: int, statistics: bool = True, half: bool = False, compiled:
         "torch.compile" if compiled else "torch", lambda x, codebook: fresh_state(codebook),
         torch.compile(run) if compiled else run, read, "bfloat16" if half else "float32",
     )  # fmt: skip
+
+
+def _counts(indices: Tensor, K: int) -> Tensor:
+    if indices.device.type == "cpu":
+        return torch.bincount(indices, minlength=K)
+    # bincount would wait for the device, and break a compiled graph in two
+    return indices.new_zeros(K).scatter_add_(0, indices, torch.ones_like(indices))
 
 
 def _choices(x: Tensor, codebook: Tensor, rows: int, half: bool) -> Tensor:

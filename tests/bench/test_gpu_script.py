@@ -94,7 +94,8 @@ def test_every_step_runs_once(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     calls = (folder / "calls").read_text().splitlines()
     assert calls == [
-        "cmake -S", "cmake --build", "cmake --install", "-m pytest -q -m gpu -p no:cacheprovider -rs tests/test_a.py",
+        "cmake -S", "cmake --build", "cmake --install",
+        "-m pytest -q -m gpu and not slow and not long -p no:cacheprovider -rs tests/test_a.py",
         "bench/status.py --verify --json bench/results/", "bench/run.py --tune",
         "bench/run.py --case b_gpu --json bench/results/", "bench/run.py --case c_gpu_d --json bench/results/",
     ]  # fmt: skip

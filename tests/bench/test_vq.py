@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import cases
 import peak
@@ -138,6 +139,32 @@ def test_gpu_ways_are_made_without_a_gpu():
     names = [list(vq_cases._ways(size)) for size in (vq_cases.GPU_PAPER, vq_cases.GPU_PAPER_BF16, vq_cases.GPU_16K)]
     for case, made in zip((cases.VQ_PAPER, cases.VQ_PAPER_BF16, cases.VQ_16K), names, strict=True):
         assert {"fastvid", *case.goal} <= set(made)
+
+
+@pytest.mark.parametrize("name", ["flash-kmeans", "flashlib"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kmeans_steps_by_their_words(monkeypatch, name, dtype):
+    # their kernels need a GPU: here their signatures are served by torch, so that shapes and roles are tried
+    def assign(x, centroids, *norms):
+        assert x.dtype == centroids.dtype == dtype and x.ndim == centroids.ndim == 3
+        assert [norm.shape for norm in norms] == ([x.shape[:2]] if name == "flash-kmeans" else [])
+        return torch.cdist(x.float(), centroids.float()).argmin(2).int()
+
+    def update(x, cluster_ids, old_centroids, *, centroid_sums, centroid_cnts, calculate_new):
+        assert not calculate_new and centroid_cnts.dtype == torch.int32 and centroid_sums.shape == old_centroids.shape
+        centroid_sums[0].index_add_(0, cluster_ids[0].long(), x[0].float())
+        centroid_cnts[0] += torch.bincount(cluster_ids[0], minlength=old_centroids.shape[1]).int()
+
+    served = SimpleNamespace(euclid_assign_triton=assign, triton_centroid_update_sorted_euclid=update)
+    monkeypatch.setattr(vq_peers.importlib, "import_module", lambda _: served)
+    x, codebook = vq_cases._fresh(dataclasses.replace(TINY, dtype=dtype), 0)
+    decided = {"fastvid": vq_cases._tried("fastvid", vq_peers.fastvid_way, x, codebook)}
+    for statistics in (True, False):
+        way = vq_peers.kmeans_peer(name, statistics)
+        state = way.state(x, codebook)
+        decided[name] = (way, way.read(way.run(x, state), state))
+        assert "roundings" in vq_cases._gate(x, codebook, decided)
+        assert (decided[name][1].codebook is None) != statistics
 
 
 @pytest.mark.parametrize(
