@@ -182,7 +182,8 @@ inline void keep(Kept& kept, int64_t slot, float score, float limit) {
 // Takes the scores of `tiles` tiles, the first of which has slot number `first`, into account.
 inline void sift(Kept& kept, const float* slots, int64_t tiles, int64_t first) {
     if (kept.all) return;
-    // hardly any vector holds a candidate: four at a time are looked at through their smallest
+    // One candidate somewhere in the row is the rule, so its place is found without a branch that depends on it:
+    // first among the smallest of every four vectors, then within the four.
     Floats fours[(MOST_CHUNK_TILES + 3) / 4];
     Floats least = repeat(INFINITE);
     const int64_t groups = (tiles + 3) / 4;
@@ -196,13 +197,19 @@ inline void sift(Kept& kept, const float* slots, int64_t tiles, int64_t first) {
     kept.best = best < kept.best ? best : kept.best;
     const float limit = kept.best + kept.margin;
     if (best > limit || best == INFINITE) return;
-    for (int64_t g = 0; g < groups; ++g) {
-        if (!lanes_at_most(fours[g], repeat(limit))) continue;
-        for (int64_t t = 4 * g; t < 4 * g + 4; ++t) {
-            uint32_t bits = lanes_at_most(load<Floats>(slots + t * LANES), repeat(limit));
-            for (; bits && !kept.all; bits &= bits - 1) {
-                const int64_t slot = t * LANES + __builtin_ctz(bits);
-                keep(kept, first + slot, slots[slot], limit);
+    const Floats limits = repeat(limit);
+    for (int64_t begin = 0; begin < groups; begin += 64) {
+        const int64_t end = begin + 64 < groups ? begin + 64 : groups;
+        uint64_t near = 0;
+        for (int64_t g = begin; g < end; ++g) near |= (uint64_t)(lanes_at_most(fours[g], limits) != 0) << (g - begin);
+        for (; near; near &= near - 1) {
+            const int64_t slot = (begin + __builtin_ctzll(near)) * 4 * LANES;
+            uint64_t lanes = 0;
+            for (int t = 0; t < 4; ++t)
+                lanes |= (uint64_t)lanes_at_most(load<Floats>(slots + slot + t * LANES), limits) << (t * LANES);
+            for (; lanes && !kept.all; lanes &= lanes - 1) {
+                const int64_t found = slot + __builtin_ctzll(lanes);
+                keep(kept, first + found, slots[found], limit);
             }
         }
     }
