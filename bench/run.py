@@ -4,6 +4,7 @@
     python bench/run.py --case sample_cpu_small --quick   one case, 3 rounds in place of 7
     python bench/run.py --json bench/results/             written to a file named after the device
     python bench/run.py --against old.json                exit 1 where a ratio fell by more than 10% beyond the noise
+    python bench/run.py --tune                            the fastest configuration of each Triton kernel: tune.py
 
 Contestants take turns (A B C A B C) on the same fresh inputs; the ratio of medians is the figure. Timed is the fastvid
 that is installed, or else the checkout that this file is in. Cases: cases.py; noise: against.py.
