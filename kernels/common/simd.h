@@ -16,7 +16,7 @@ namespace {
 
 #if defined(FASTVID_X86) && defined(__AVX512BW__)
 constexpr int VECTOR_BYTES = 64;
-constexpr int TILE_ROWS = 12;  // rows of a microkernel: rows x 2 accumulators, 2 code vectors and 2 more in 32 registers
+constexpr int TILE_ROWS = 12;  // rows of a microkernel: 2 accumulators each, 2 code vectors and 2 more in 32 registers
 #elif defined(FASTVID_X86) && defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int TILE_ROWS = 6;  // the same in 16 registers

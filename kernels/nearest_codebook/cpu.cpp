@@ -138,7 +138,8 @@ bool prepare_row(const Job& job, Scratch& scratch, int64_t n, int64_t i) {
         __builtin_memset(scratch.moved, 0, (size_t)width * sizeof(float));
     }
     if (panel.quantised)
-        pack_quantised(scratch.moved, D, screened ? (float)(LARGEST / size) : 0, packed_row<int32_t>(scratch.rows, pairs_of(D), i));
+        pack_quantised(scratch.moved, D, screened ? (float)(LARGEST / size) : 0,
+                       packed_row<int32_t>(scratch.rows, pairs_of(D), i));
     else
         pack_float32(scratch.moved, D, packed_row<float>(scratch.rows, D, i));
     return norm < INFINITE || finite_row(wide, D);
@@ -272,7 +273,9 @@ void pack_tiles(void* context) {
     }
 }
 
-int64_t within(int64_t value, int64_t least, int64_t most) { return value < least ? least : value > most ? most : value; }
+int64_t within(int64_t value, int64_t least, int64_t most) {
+    return value < least ? least : value > most ? most : value;
+}
 
 void plan(Job& job) {
     const NearestCall& call = job.call;

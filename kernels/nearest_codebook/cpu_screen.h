@@ -54,7 +54,10 @@ inline void measure(Panel& panel, const float* codebook, double* mean) {
         const float* code = codebook + k * D;
         if (!finite_row(code, D)) continue;
         double square = 0;
-        for (int64_t d = 0; d < D; ++d) square += ((double)code[d] - panel.centre[d]) * ((double)code[d] - panel.centre[d]);
+        for (int64_t d = 0; d < D; ++d) {
+            const double moved = (double)code[d] - panel.centre[d];
+            square += moved * moved;
+        }
         longest = square > longest ? square : longest;
     }
     panel.radius = __builtin_sqrt(longest) * (1 + 1e-9);
@@ -66,10 +69,10 @@ inline void set_scale_and_bound(Panel& panel) {
     panel.scale = (float)__builtin_ldexp(1, -(exponent < -126 ? -126 : exponent > 126 ? 126 : exponent));
     panel.radius *= panel.scale;
     const double D = (double)panel.D, E = panel.radius;
-    const double rounding = panel.quantised ? 10 * UNIT : (D + 12) * UNIT;
-    const double quantising = panel.quantised ? 1.004 * __builtin_sqrt(D) / LARGEST + 0.2521 * D / (LARGEST * LARGEST) : 0;
-    panel.bound_per_norm = 1.01 * E * (quantising + rounding);
-    panel.bound = 1.01 * 2 * UNIT * E * E;
+    const double step = 0.502 * __builtin_sqrt(D) / LARGEST;  // of a quantised vector's norm: half a step per element
+    const double product = panel.quantised ? step * (2 + step) + 10 * UNIT : (D + 12) * UNIT;
+    panel.bound_per_norm = 1.01 * E * product;
+    panel.bound = 1.01 * 2 * UNIT * E * E;  // of the half norms, and of adding one to a product
 }
 
 // Packs one tile. `moved` is scratch of D.

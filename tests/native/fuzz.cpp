@@ -14,8 +14,8 @@
 extern "C" {
 const char* fastvid_cpu_best_isa(void);
 int fastvid_cpu_use_isa(const char* name);
-int fastvid_nearest_codebook(const void*, int, int64_t, const float*, int64_t, int64_t, int64_t, int64_t*, void*, float*,
-                             int64_t*, float*, int64_t*, int, int, int64_t*);
+int fastvid_nearest_codebook(const void*, int, int64_t, const float*, int64_t, int64_t, int64_t, int64_t*, void*,
+                             float*, int64_t*, float*, int64_t*, int, int, int64_t*);
 }
 
 namespace {
@@ -67,82 +67,105 @@ double distance(const float* row, const float* code, int64_t D) {
     return sum;
 }
 
+// One call: its inputs, its outputs, and the rows and codes as the loop below reads them.
 template <class T>
-void one_call(int64_t call, int x_type) {
-    const int64_t N = between(0, 5) ? between(0, 70) : between(0, 700), K = between(0, 3) ? between(1, 70) : between(1, 600);
-    const int64_t D = between(0, 3) ? between(1, 40) : between(1, 300), stride = D + (between(0, 1) ? 0 : between(1, 9));
-    const bool statistics = between(0, 3) != 0;
-    auto x = buffer<T>(N ? (N - 1) * stride + D : 0);
-    std::vector<float> wide((size_t)(N * D));
-    const Values of_rows = drawn_values(), of_codes = between(0, 2) ? Values{of_rows.size, of_rows.offset, 0} : drawn_values();
-    auto codebook = buffer<float>(K * D);
-    for (int64_t i = 0; i < K * D; ++i) codebook[(size_t)i] = of_codes.draw();
-    for (int64_t copies = between(0, 2) ? 0 : between(1, K); copies > 0; --copies)  // ties
-        std::memmove(&codebook[(size_t)(between(0, K - 1) * D)], &codebook[(size_t)(between(0, K - 1) * D)], (size_t)D * 4);
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t d = 0; d < D; ++d) {
-            T& to = x[(size_t)(n * stride + d)];
-            narrow(of_rows.draw(), to);
-            wide[(size_t)(n * D + d)] = widen(to);
-        }
-    auto indices = buffer<int64_t>(N), counts = buffer<int64_t>(K), nonfinite = buffer<int64_t>(1);
-    auto quantized = buffer<T>(N * D);
-    auto squared = buffer<float>(N), sums = buffer<float>(K * D);
-    const int outcome = fastvid_nearest_codebook(
-        x.get(), x_type, stride, codebook.get(), N, K, D, indices.get(), quantized.get(), squared.get(),
-        statistics ? counts.get() : nullptr, statistics ? sums.get() : nullptr, nonfinite.get(), (int)between(1, 7),
-        (int)between(0, 3), nullptr);
-    expect(outcome == 0, "refused", call, -1);
-
-    std::vector<bool> usable((size_t)K);
-    for (int64_t k = 0; k < K; ++k) usable[(size_t)k] = std::isfinite(distance(&codebook[(size_t)(k * D)], &codebook[(size_t)(k * D)], D));
-    std::vector<float> expected_sums((size_t)(K * D));
-    std::vector<int64_t> expected_counts((size_t)K);
+struct Case {
+    int64_t call, N, K, D, stride;
+    bool statistics;
+    std::unique_ptr<T[]> x, quantized;
+    std::unique_ptr<float[]> codebook, squared, sums;
+    std::unique_ptr<int64_t[]> indices, counts, nonfinite;
+    std::vector<float> wide, expected_sums;
+    std::vector<int64_t> expected_counts;
+    std::vector<bool> usable;  // codes that are finite
     int64_t expected_nonfinite = 0;
-    for (int64_t n = 0; n < N; ++n) {
-        const float* row = &wide[(size_t)(n * D)];
+
+    explicit Case(int64_t number) : call(number) {
+        N = between(0, 5) ? between(0, 70) : between(0, 700);
+        K = between(0, 3) ? between(1, 70) : between(1, 600);
+        D = between(0, 3) ? between(1, 40) : between(1, 300);
+        stride = D + (between(0, 1) ? 0 : between(1, 9));
+        statistics = between(0, 3) != 0;
+        draw_inputs();
+        indices = buffer<int64_t>(N), counts = buffer<int64_t>(K), nonfinite = buffer<int64_t>(1);
+        quantized = buffer<T>(N * D), squared = buffer<float>(N), sums = buffer<float>(K * D);
+        expected_sums.resize((size_t)(K * D)), expected_counts.resize((size_t)K);
+    }
+
+    const float* row(int64_t n) const { return wide.data() + n * D; }
+    float* code(int64_t k) const { return codebook.get() + k * D; }
+
+    void draw_inputs() {
+        const Values of_rows = drawn_values();
+        const Values of_codes = between(0, 2) ? Values{of_rows.size, of_rows.offset, 0} : drawn_values();
+        codebook = buffer<float>(K * D);
+        for (int64_t i = 0; i < K * D; ++i) codebook[(size_t)i] = of_codes.draw();
+        for (int64_t copies = between(0, 2) ? 0 : between(1, K); copies > 0; --copies)  // ties
+            std::memmove(code(between(0, K - 1)), code(between(0, K - 1)), (size_t)D * sizeof(float));
+        for (int64_t k = 0; k < K; ++k) usable.push_back(std::isfinite(distance(code(k), code(k), D)));
+        x = buffer<T>(N ? (N - 1) * stride + D : 0);
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t d = 0; d < D; ++d) {
+                T& to = x[(size_t)(n * stride + d)];
+                narrow(of_rows.draw(), to);
+                wide.push_back(widen(to));
+            }
+    }
+
+    void run(int x_type) {
+        const int outcome = fastvid_nearest_codebook(
+            x.get(), x_type, stride, codebook.get(), N, K, D, indices.get(), quantized.get(), squared.get(),
+            statistics ? counts.get() : nullptr, statistics ? sums.get() : nullptr, nonfinite.get(),
+            (int)between(1, 7), (int)between(0, 3), nullptr);
+        expect(outcome == 0, "refused", call, -1);
+    }
+
+    void check_row(int64_t n) {
         const int64_t chosen = indices[(size_t)n];
-        if (chosen < 0 || chosen >= K) {
-            expect(false, "index out of range", call, n);
-            continue;
-        }
-        const float* code = &codebook[(size_t)(chosen * D)];
+        if (chosen < 0 || chosen >= K) return expect(false, "index out of range", call, n);
         for (int64_t d = 0; d < D; ++d) {
             T wanted;
-            narrow(code[d], wanted);
+            narrow(code(chosen)[d], wanted);
             expect(!std::memcmp(&wanted, &quantized[(size_t)(n * D + d)], sizeof(T)), "quantized", call, n);
         }
-        if (!std::isfinite(distance(row, row, D))) {
+        if (!std::isfinite(distance(row(n), row(n), D))) {
             ++expected_nonfinite;
-            expect(chosen == 0 && std::isnan(squared[(size_t)n]), "a row that is not finite", call, n);
-            continue;
+            return expect(chosen == 0 && std::isnan(squared[(size_t)n]), "a row that is not finite", call, n);
         }
         double least = INFINITY;
         bool twin = false;  // of a lower index, which ties go to
         for (int64_t k = 0; k < K; ++k) {
-            const float* other = &codebook[(size_t)(k * D)];
-            if (usable[(size_t)k]) least = std::fmin(least, distance(row, other, D));
-            twin |= k < chosen && !std::memcmp(other, code, (size_t)D * sizeof(float));
+            if (usable[(size_t)k]) least = std::fmin(least, distance(row(n), code(k), D));
+            twin |= k < chosen && !std::memcmp(code(k), code(chosen), (size_t)D * sizeof(float));
         }
-        if (least == INFINITY) continue;  // no code is finite
-        const double got = distance(row, code, D);
+        if (least == INFINITY) return;  // no code is finite
+        const double got = distance(row(n), code(chosen), D), error = std::fabs(squared[(size_t)n] - got);
         expect(got <= least * (1 + 1e-12), "a nearer code exists", call, n);
         expect(!twin, "a lower index is as near", call, n);
-        const double error = std::fabs(squared[(size_t)n] - got);
         expect(error <= got * 1e-5 + 1e-44 || (float)got >= 1e38f, "squared distance", call, n);
         ++expected_counts[(size_t)chosen];
-        for (int64_t d = 0; d < D; ++d) expected_sums[(size_t)(chosen * D + d)] += row[d];
+        for (int64_t d = 0; d < D; ++d) expected_sums[(size_t)(chosen * D + d)] += row(n)[d];
     }
-    expect(nonfinite[0] == expected_nonfinite, "count of rows that are not finite", call, -1);
-    if (!statistics) return;
-    bool all_usable = true;
-    for (bool one : usable) all_usable &= one;
-    if (!all_usable) return;  // a row without a finite code belongs to none
-    expect(!std::memcmp(counts.get(), expected_counts.data(), (size_t)K * 8), "counts", call, -1);
-    for (int64_t i = 0; i < K * D; ++i) {
-        const float sum = sums[(size_t)i], wanted = expected_sums[(size_t)i];
-        expect(sum == wanted || (std::isnan(sum) && std::isnan(wanted)), "sums in row order", call, i / D);
+
+    void check() {
+        for (int64_t n = 0; n < N; ++n) check_row(n);
+        expect(nonfinite[0] == expected_nonfinite, "count of rows that are not finite", call, -1);
+        for (bool one : usable)
+            if (!one) return;  // a row without a finite code belongs to none
+        if (!statistics) return;
+        expect(!std::memcmp(counts.get(), expected_counts.data(), (size_t)K * sizeof(int64_t)), "counts", call, -1);
+        for (size_t i = 0; i < expected_sums.size(); ++i) {
+            const float sum = sums[i], wanted = expected_sums[i];
+            expect(sum == wanted || (std::isnan(sum) && std::isnan(wanted)), "sums in row order", call, -1);
+        }
     }
+};
+
+template <class T>
+void one_call(int64_t call, int x_type) {
+    Case<T> drawn(call);
+    drawn.run(x_type);
+    drawn.check();
 }
 
 }  // namespace
@@ -154,8 +177,9 @@ int main(int argc, char** argv) {
     for (int64_t call = 0; call < calls; ++call) {
         fastvid_cpu_use_isa(levels[between(0, 3)]);  // a level that this processor lacks leaves the last one
         const int x_type = (int)between(0, 2);
-        x_type == FLOAT32 ? one_call<float>(call, x_type) : x_type == BFLOAT16 ? one_call<BFloat16>(call, x_type)
-                                                                               : one_call<Float16>(call, x_type);
+        if (x_type == FLOAT32) one_call<float>(call, x_type);
+        if (x_type == BFLOAT16) one_call<BFloat16>(call, x_type);
+        if (x_type == FLOAT16) one_call<Float16>(call, x_type);
     }
     std::printf("%lld calls, best level %s, %d failures\n", (long long)calls, fastvid_cpu_best_isa(), failures);
     return failures != 0;

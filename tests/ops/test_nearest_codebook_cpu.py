@@ -172,6 +172,16 @@ def test_ties_go_to_the_lowest_index(level):
     assert torch.equal(repeated.indices, near(x, codes).indices)
 
 
+def test_ties_of_two_codes_wherever_they_stand(level):
+    codes = torch.randn(48, 6)
+    for low in range(0, 47, 5):
+        for high in range(low + 1, 48):
+            codebook = codes.clone()
+            codebook[high] = codebook[low]
+            x = codebook[low] + 1e-3 * torch.randn(3, 6)
+            assert near(x, codebook).indices.tolist() == [low] * 3, (low, high)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_not_finite(dtype):
     x, codebook = torch.randn(300, 9).to(dtype), torch.randn(20, 9)
