@@ -6,10 +6,10 @@ run here is reported with the reason, never left out. Torch is imported when a c
 The JSON of a case: `case`, `size`, `check` ("ok", "failed: why" or "missing: why"), `contestants` (each `name`,
 `median_s`, `min_s`, `max_s`, `runs`, `peak_bytes`), `ratio` {peer: x}, `floor_s`, `goal` {peer: x}; what is unknown is
 null. Beside that: `ours`, the contestant the ratios are of; `checked`, what the gate compared; `threads`; `floor_from`,
-what the floor was counted with; `extra_limit_bytes`, where a limit is set. A contestant has `extra_bytes`, its peak less
-what it returned (memory that it kept from an earlier call is in neither). It may carry `missing`, why it did not run;
-`scaled_from`, the codes that a run drew where its times are scaled up to all of them; `given`, true for a figure that is
-not a program's.
+what the floor was counted with; `extra_limit_bytes`, where a limit is set. A contestant has `extra_bytes`, its peak
+less what it returned (memory that it kept from an earlier call is in neither). It may carry `missing`, why it did not
+run; `scaled_from`, the codes that a run drew where its times are scaled up to all of them; `given`, true for a figure
+that is not a program's.
 """
 
 from collections.abc import Callable
