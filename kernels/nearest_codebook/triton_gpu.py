@@ -2,14 +2,14 @@
 
 tuned.json beside this file: {device name: {"exact-D64-K512": config}}, written by `python bench/run.py --tune`. A size
 belongs to the bucket of its padded width and of its codes rounded up to a power of two, in one of two kinds of lookup:
-"exact", and "half" for both precisions below it. A config is one of CONFIGS as a dict. Sizes without an entry take the
-first config that fits the device.
+"exact", and "half" for both precisions below it, which are served by the same single pass. A config is a Config as a
+dict. Sizes without an entry take the first config that fits, in the order of FITS.
 """
 
 import functools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,26 +22,32 @@ MAX_D, MAX_K, MAX_N = 512, 65536, 2**27
 INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODE_PAD = 256  # the codes are padded to whole tiles of every config
+CENTRE_CODES = 256  # so many codes, evenly spread, stand for the mean code: any centre is right, a good one is enough
 SECOND_LOOKS = 1024  # programs that share the doubtful rows: enough for every chip, few enough to start for nothing
 TUNED = Path(__file__).with_name("tuned.json")
 
 
 class Config(NamedTuple):
-    """A tile of the screening pass: rows x codes, in steps of `chunk` of the width."""
+    """A tile of the screening pass, rows x codes, and how it is run."""
 
     rows: int
     codes: int
-    chunk: int
     warps: int
     stages: int
 
 
-CONFIGS = [
-    Config(128, 128, 64, 8, 3),
-    Config(128, 64, 64, 4, 3),
-    Config(128, 64, 256, 8, 2),
-    Config(64, 64, 64, 4, 2),
-]
+LARGE, MIDDLE, ALL = ("sm_90", "sm_100"), ("sm_80", "sm_90", "sm_100"), ()
+# config, the padded width up to which registers and shared memory suffice, KiB of shared memory of a block, the chips.
+# Where two fit, the earlier is the default: two blocks per multiprocessor before large tiles, except where the codes
+# are so wide that reading them from L2 for 64 rows at a time would be the limit.
+FITS = [
+    (Config(128, 64, 8, 3), 64, 200, LARGE),
+    (Config(64, 64, 4, 3), 128, 0, ALL),
+    (Config(128, 64, 8, 2), 256, 200, LARGE),
+    (Config(64, 64, 8, 2), 256, 0, ALL),
+    (Config(64, 64, 8, 2), 512, 160, MIDDLE),
+    (Config(64, 32, 8, 2), 512, 0, ALL),
+]  # fmt: skip
 
 
 def why_not(x: Tensor, codebook: Tensor, statistics: bool = True, precision: str = "exact") -> str | None:
@@ -61,21 +67,6 @@ def padded_width(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-@functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
-
-
-@functools.cache
-def _device(index: int | None) -> tuple[str, int, bool]:
-    """Name, shared memory of a block in bytes, and whether it is AMD's."""
-    if index is None:
-        return "interpreter", 227 * 1024, False
-    told = torch.cuda.get_device_properties(index)
-    shared = getattr(told, "shared_memory_per_block_optin", 0) or 64 * 1024
-    return told.name, shared, torch.version.hip is not None
-
-
 def bucket(D: int, K: int, precision: str) -> str:
     """The key of a size in tuned.json."""
     kind = "exact" if precision == "exact" else "half"
@@ -84,19 +75,37 @@ def bucket(D: int, K: int, precision: str) -> str:
 
 def tunable(x: Tensor, codebook: Tensor, precision: str = "exact") -> list[dict[str, int]]:
     """The configs worth timing for such arguments, as dicts for `nearest_codebook(config=...)`; the default first."""
-    DP = padded_width(x.shape[1])
-    return [config._asdict() for config in _fitting(DP, x.device.index if x.is_cuda else None)]
+    return [config._asdict() for config in _fitting(padded_width(x.shape[1]), _device(_index(x))[1])]
 
 
-def _fitting(DP: int, device: int | None) -> list[Config]:
-    _, shared, _ = _device(device)
-    return [config for config in CONFIGS if config.chunk >= min(DP, 64)]
+def _index(x: Tensor) -> int | None:
+    return x.device.index if x.is_cuda else None
 
 
-def _choose(x: Tensor, codebook: Tensor, precision: str) -> Config:
-    D, K, device = x.shape[1], codebook.shape[0], x.device.index if x.is_cuda else None
-    tuned = _tuned().get(_device(device)[0], {}).get(bucket(D, K, precision))
-    return Config(**tuned) if tuned else _fitting(padded_width(D), device)[0]
+@functools.cache
+def _device(index: int | None) -> tuple[str, int]:
+    """Name, and KiB of shared memory that a block may have."""
+    if index is None:
+        return "interpreter", 227
+    told = torch.cuda.get_device_properties(index)
+    return told.name, getattr(told, "shared_memory_per_block_optin", 64 * 1024) // 1024
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
+
+
+def _fitting(DP: int, shared: int) -> list[Config]:
+    found = [config for config, width, least, _ in FITS if DP <= width and shared >= least]
+    return list(dict.fromkeys(found))
+
+
+@functools.cache
+def _choose(index: int | None, D: int, K: int, precision: str) -> Config:
+    name, shared = _device(index)
+    tuned = _tuned().get(name, {}).get(bucket(D, K, precision))
+    return Config(**tuned) if tuned else _fitting(padded_width(D), shared)[0]
 
 
 class Codes(NamedTuple):
@@ -114,22 +123,27 @@ class Codes(NamedTuple):
 
 def _prepare(codebook: Tensor) -> Codes:
     (K, D), DP = codebook.shape, padded_width(codebook.shape[1])
-    padded, block = triton.cdiv(K, CODE_PAD) * CODE_PAD, 32 if K <= 8192 else 128
-    P = padded // block
+    padded, block = triton.cdiv(K, CODE_PAD) * CODE_PAD, _code_block(K)
+    P, BLOCK_D = padded // block, min(DP, 64)
     high, low = codebook.new_empty(2, padded, DP, dtype=torch.float16)
     sizes = [DP, padded, P, P, P]
     centre, half_norm, reach, slack, peak = codebook.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     exponent = codebook.new_empty(1, dtype=torch.int32)
     counters = codebook.new_empty(2, dtype=torch.int64)
     lookup._centre_kernel[P,](
-        codebook, centre, peak, counters, K, D, min(K, 256), *codebook.stride(),
-        DP=DP, BLOCK_K=block, BLOCK_D=min(DP, 64), num_warps=4, num_stages=1,
+        codebook, centre, peak, counters, K, D, min(K, CENTRE_CODES), *codebook.stride(),
+        DP=DP, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
     )  # fmt: skip
     lookup._encode_kernel[P,](
         codebook, centre, peak, high, low, half_norm, reach, slack, exponent, K, D, P, *codebook.stride(),
-        DP=DP, BLOCK_K=block, BLOCK_D=min(DP, 64), num_warps=4, num_stages=1,
+        DP=DP, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Codes(centre, high, low, half_norm, reach, slack, exponent, counters)
+
+
+def _code_block(K: int) -> int:
+    """Codes per program, so that at most 512 programs (triton_lookup.PARTS) leave a part of a result each."""
+    return 32 if K <= 8192 else 128
 
 
 def nearest_codebook(
@@ -137,12 +151,12 @@ def nearest_codebook(
 ) -> tuple[Tensor, ...]:
     """The launcher: arguments as checked by fastvid.ops.nearest_codebook, outputs in the order of reference.Nearest.
 
-    x, codebook: [N, D] and [K, D]; float32, bfloat16 or float16; any strides. config: one of CONFIGS as a dict.
+    x, codebook: [N, D] and [K, D]; float32, bfloat16 or float16; any strides. config: a Config as a dict.
     Raises:      NotImplementedError with the reason of `why_not`.
     """
     if reason := why_not(x, codebook, statistics, precision):
         raise NotImplementedError(f"nearest_codebook: triton {reason}.")
-    (N, D), K, DP = x.shape, codebook.shape[0], padded_width(x.shape[1])
+    (N, D), K = x.shape, codebook.shape[0]
     codes = _prepare(codebook)
     indices = x.new_empty(N, dtype=torch.int64)
     quantized = x.new_empty(N, D)
@@ -155,25 +169,31 @@ def nearest_codebook(
 
 
 def _look_up(
-    x: Tensor, codebook: Tensor, codes: Codes, outputs: tuple[Tensor, ...], statistics: bool, precision: str, config
+    x: Tensor, codebook: Tensor, codes: Codes, outputs: tuple[Tensor, ...], statistics: bool, precision: str,
+    config: dict[str, int] | None,
 ) -> None:
     (N, D), K, DP, exact = x.shape, codebook.shape[0], padded_width(x.shape[1]), precision == "exact"
-    tile = Config(**config) if config else _choose(x, codebook, precision)
+    tile = Config(**config) if config else _choose(_index(x), D, K, precision)
     doubtful = x.new_empty(N if exact else 0, dtype=torch.int32)
     strides = (*x.stride(), *codebook.stride())
     lookup._screen_kernel[triton.cdiv(N, tile.rows),](
         x, codebook, codes.centre, codes.high, codes.half_norm, codes.reach, codes.slack, codes.exponent,
         *outputs, doubtful, codes.counters, N, K, D, codes.reach.shape[0], *strides,
-        DP=DP, CHUNK=min(tile.chunk, DP), BLOCK_N=tile.rows, BLOCK_K=tile.codes, CERTIFY=exact, STATISTICS=statistics,
+        DP=DP, BLOCK_N=tile.rows, BLOCK_K=tile.codes, CERTIFY=exact, STATISTICS=statistics,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if exact:
+        chunk, warps = _second_look(DP)
         lookup._second_look_kernel[min(triton.cdiv(N, 64), SECOND_LOOKS),](
             x, codebook, codes.centre, codes.high, codes.low, codes.half_norm, codes.exponent,
             *outputs, doubtful, codes.counters, K, D, *strides,
-            DP=DP, CHUNK=min(64, DP), BLOCK_N=64, BLOCK_K=64, STATISTICS=statistics,
-            num_warps=4, num_stages=2,
+            DP=DP, CHUNK=chunk, BLOCK_N=64, BLOCK_K=64, STATISTICS=statistics, num_warps=warps, num_stages=2,
         )  # fmt: skip
+
+
+def _second_look(DP: int) -> tuple[int, int]:
+    """Step of the width, and warps: few rows come here, so one config for all that fits every chip."""
+    return (DP, 4) if DP <= 64 else (32, 8)
 
 
 def _add_up(x: Tensor, keys: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -184,15 +204,21 @@ def _add_up(x: Tensor, keys: Tensor, K: int) -> tuple[Tensor, Tensor]:
     counts = keys.new_empty(K, dtype=torch.int64)
     sums = keys.new_empty(K, D, dtype=torch.float32)
     blocks = N // update.BLOCK_ROWS.value + K
-    partial = sums.new_empty(blocks if N > update.BLOCK_ROWS.value else 0, D)
-    rows = max(8, 4096 // DP)
+    several = N > update.BLOCK_ROWS.value
+    partial = sums.new_empty(blocks if several else 0, D)
+    rows = _rows_at_once(DP)
     update._starts_kernel[triton.cdiv(K + 1, 128),](ordered, starts, N, K, N.bit_length(), BLOCK=128, num_warps=4)
     update._block_sums_kernel[blocks,](
-        x, order, starts, partial, sums, counts, K, D, *x.stride(), DP=DP, BLOCK_N=rows, num_warps=4
+        x, order, starts, partial, sums, counts, K, D, *x.stride(), DP=DP, BLOCK_N=rows, num_warps=4, num_stages=1
     )
-    if N > update.BLOCK_ROWS.value:
-        update._code_sums_kernel[K,](starts, partial, sums, D, DP=DP, BLOCK_N=rows, num_warps=4)
+    if several:
+        update._code_sums_kernel[K,](starts, partial, sums, D, DP=DP, BLOCK_N=rows, num_warps=4, num_stages=1)
     return counts, sums
+
+
+def _rows_at_once(DP: int) -> int:
+    """So many that each of 128 threads has eight loads of 16 bytes under way."""
+    return max(8, min(4096 // DP, 256))
 
 
 def nearest_codebook_ema_(
@@ -200,20 +226,74 @@ def nearest_codebook_ema_(
     steps: Tensor | None = None, dead_below: float = 0.0, restart: Tensor | None = None, restart_size: float = 1.0,
 ) -> None:
     """The launcher of fastvid.ops.nearest_codebook_ema_, for a state in float32: two launches, nobody waits."""
-    K, D = codebook.shape
-    block = 32 if K <= 8192 else 128
+    (K, D), block = codebook.shape, _code_block(codebook.shape[0])
     P, BLOCK_D = triton.cdiv(K, block), min(64, triton.next_power_of_2(D))
     kept, partial = codebook.new_empty(K, dtype=torch.int8), codebook.new_empty(P)
-    near = torch.tensor(decay, dtype=torch.float32).item()
+    high = torch.tensor(decay, dtype=torch.float32).item()
+    state = cluster_size.stride(0), *cluster_sum.stride()
     update._average_kernel[P,](
-        cluster_size, cluster_sum, counts, sums, kept, partial, steps, near, decay - near, K, D,
-        cluster_size.stride(0), *cluster_sum.stride(), counts.stride(0), *sums.stride(),
+        cluster_size, cluster_sum, counts, sums, kept, partial, steps, high, decay - high, K, D,
+        *state, counts.stride(0), *sums.stride(),
         STEPS=steps is not None, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
     )  # fmt: skip
     update._codes_kernel[P,](
         codebook, cluster_size, cluster_sum, kept, partial, steps, restart,
-        near, decay - near, eps, dead_below, restart_size, K, D, P,
-        *codebook.stride(), cluster_size.stride(0), *cluster_sum.stride(), *(restart.stride() if restart is not None else (0, 0)),
-        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=BLOCK_D, BLOCK_P=512,
-        num_warps=4, num_stages=1,
+        high, decay - high, float(eps), float(dead_below), float(restart_size), K, D, P,
+        *codebook.stride(), *state, *(restart.stride() if restart is not None else (0, 0)),
+        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
     )  # fmt: skip
+
+
+# ---- ahead of time
+
+_TYPES = {
+    "x_ptr": "*fp32:16", "codebook_ptr": "*fp32:16", "quantized_ptr": "*fp32:16", "high_ptr": "*fp16:16",
+    "low_ptr": "*fp16:16", "exponent_ptr": "*i32:16", "indices_ptr": "*i64:16", "keys_ptr": "*i16:16",
+    "doubtful_ptr": "*i32:16", "counters_ptr": "*i64:16", "starts_ptr": "*i32:16", "order_ptr": "*i64:16",
+    "counts_ptr": "*i64:16", "kept_ptr": "*i8:16", "steps_ptr": "*i64:16", "steps": "i32", "S": "i32:16",
+    **dict.fromkeys(("decay", "decay_rest", "eps", "dead_below", "restart_size"), "fp32"),
+    **dict.fromkeys(("N", "K", "D", "P", "stride_xn", "stride_ck", "stride_mk", "stride_sk", "stride_rk"), "i32:16"),
+}  # fmt: skip
+
+
+def _variant(
+    kernel, name: str, constants: dict, warps: int, stages: int = 1, matrix: bool = False,
+    targets: tuple[str, ...] = (), **types: str,
+) -> Variant:  # fmt: skip
+    """Of packed tensors with widths and sizes that 16 divides; pointers not in _TYPES point to float32."""
+    unit = {argument: 1 for argument in kernel.arg_names if argument.startswith("stride_") and argument not in _TYPES}
+    constants = unit | constants
+    kinds = _TYPES | types | dict.fromkeys(constants, "constexpr")
+    signature = {argument: kinds.get(argument, "*fp32:16") for argument in kernel.arg_names}
+    return Variant(kernel, name, signature, constants, warps, stages, matrix, "fp16" if matrix else None, targets)
+
+
+def variants() -> list[Variant]:
+    """Every kernel; the screening pass in every config at its greatest width, the uncertified one in two."""
+    made = []
+    for (rows, codes, warps, stages), width, _, targets in FITS:
+        tile = {"BLOCK_N": rows, "BLOCK_K": codes, "DP": width, "STATISTICS": True}
+        name = f"{rows}x{codes}x{width}_w{warps}_s{stages}"
+        made.append(_variant(lookup._screen_kernel, f"screen_exact_fp16_{name}", tile | {"CERTIFY": True},
+                             warps, stages, True, targets))  # fmt: skip
+        if width <= 128:
+            made.append(_variant(lookup._screen_kernel, f"screen_half_fp16_{name}_bf16", tile | {"CERTIFY": False},
+                                 warps, stages, True, targets, x_ptr="*bf16:16", quantized_ptr="*bf16:16"))  # fmt: skip
+    for DP in (64, 512):
+        chunk, warps = _second_look(DP)
+        tile = {"BLOCK_N": 64, "BLOCK_K": 64, "DP": DP, "CHUNK": chunk, "STATISTICS": True}
+        name = f"second_look_fp16_64x64x{DP}_w{warps}_s2"
+        made.append(_variant(lookup._second_look_kernel, name, tile, warps, 2, True))
+    codes = {"BLOCK_K": 32, "BLOCK_D": 64}
+    rows = {"DP": 64, "BLOCK_N": _rows_at_once(64)}
+    asked = {"STEPS": True}
+    return made + [
+        _variant(lookup._centre_kernel, "centre_32x64_w4", codes | {"DP": 64}, 4),
+        _variant(lookup._encode_kernel, "encode_32x64_w4", codes | {"DP": 64}, 4),
+        _variant(update._starts_kernel, "starts_128_w4", {"BLOCK": 128}, 4, keys_ptr="*i16:16"),
+        _variant(update._block_sums_kernel, "block_sums_64x64_w4", rows, 4),
+        _variant(update._block_sums_kernel, "block_sums_8x512_w4", {"DP": 512, "BLOCK_N": _rows_at_once(512)}, 4),
+        _variant(update._code_sums_kernel, "code_sums_64x64_w4", rows, 4),
+        _variant(update._average_kernel, "average_32x64_w4", codes | asked, 4),
+        _variant(update._codes_kernel, "codes_32x64_w4", codes | asked | {"RESTART": True}, 4),
+    ]

@@ -154,16 +154,14 @@ def _row_exponent(x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP: tl.c
 
 
 @triton.jit
-def _measure(
-    x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Of each centred row: exponent, square length and square of what float16 loses; and the whole row's halves.
+def _measure(x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP: tl.constexpr, STEP: tl.constexpr):
+    """Of each centred row: exponent, square length, square of what float16 loses; and the row in float16.
 
-    Those only where a chunk is the whole row, which is then read once up to width 64; a wider one, read at once with
-    all its float32, leaves no registers.
+    A wide row is read three times, from the cache after the first: at once in float32 it would leave no registers.
     """
-    if CHUNK == DP and DP <= 64:
-        b_a = _load_centred(x_ptr, centre_ptr, o_n, m_n, tl.arange(0, DP), D, stride_xn, stride_xd)
+    o_d = tl.arange(0, DP)
+    if DP <= STEP:
+        b_a = _load_centred(x_ptr, centre_ptr, o_n, m_n, o_d, D, stride_xn, stride_xd)
         b_e = _exponent(tl.max(tl.abs(b_a), axis=1))
         b_a = b_a * _power(-b_e)[:, None]
         acc_square = tl.sum(b_a * b_a, axis=1)
@@ -175,16 +173,13 @@ def _measure(
         acc_square = tl.zeros((o_n.shape[0],), tl.float32)
         acc_rest = tl.zeros((o_n.shape[0],), tl.float32)
         for i_d in tl.range(0, DP, 32, num_stages=1):
-            o_d = i_d + tl.arange(0, 32)
-            b_part, b_rest = _halves(x_ptr, centre_ptr, o_n, m_n, o_d, _power(-b_e), D, stride_xn, stride_xd)
+            o_part = i_d + tl.arange(0, 32)
+            b_part, b_rest = _halves(x_ptr, centre_ptr, o_n, m_n, o_part, _power(-b_e), D, stride_xn, stride_xd)
             b_a = b_part.to(tl.float32) + b_rest
             acc_square += tl.sum(b_a * b_a, axis=1)
             acc_rest += tl.sum(b_rest * b_rest, axis=1)
-        b_high = b_e
-        if CHUNK == DP:
-            b_unit = tl.where(acc_square < float("inf"), _power(-b_e), 0.0)
-            b_a = _load_centred(x_ptr, centre_ptr, o_n, m_n, tl.arange(0, DP), D, stride_xn, stride_xd)
-            b_high = tl.where((b_unit > 0)[:, None], b_a * b_unit[:, None], 0.0).to(tl.float16)
+        b_a = _load_centred(x_ptr, centre_ptr, o_n, m_n, o_d, D, stride_xn, stride_xd) * _power(-b_e)[:, None]
+        b_high = tl.where((acc_square < float("inf"))[:, None], b_a, 0.0).to(tl.float16)
     return b_e, acc_square, acc_rest, b_high
 
 
@@ -192,7 +187,7 @@ def _measure(
 def _screen_kernel(
     x_ptr, codebook_ptr, centre_ptr, high_ptr, half_norm_ptr, reach_ptr, slack_ptr, exponent_ptr,
     indices_ptr, quantized_ptr, distance_ptr, keys_ptr, doubtful_ptr, counters_ptr,
-    N, K, D, P, stride_xn, stride_xd, stride_ck, stride_cd, DP: tl.constexpr, CHUNK: tl.constexpr,
+    N, K, D, P, stride_xn, stride_xd, stride_ck, stride_cd, DP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CERTIFY: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """The nearest code by one pass of float16 products; with CERTIFY, lists the rows where that may be wrong."""
@@ -200,9 +195,8 @@ def _screen_kernel(
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     b_e, acc_square, acc_rest, b_high = _measure(
-        x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP, CHUNK
+        x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP, 64
     )  # fmt: skip
-    b_unit = _power(-b_e)
     m_fine = acc_square < float("inf")
     o_p = tl.arange(0, PARTS)
     reach = tl.max(tl.load(reach_ptr + o_p, mask=o_p < P, other=0.0), axis=0)
@@ -224,16 +218,8 @@ def _screen_kernel(
     o_c = tl.arange(0, BLOCK_K)
     for i_k in tl.range(0, K, BLOCK_K):
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if CHUNK == DP:
-            b_codes = tl.load(high_ptr + (i_k + o_c)[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_K, DP]
-            acc = tl.dot(b_high, tl.trans(b_codes), acc, input_precision="ieee")
-        else:
-            for i_d in tl.range(0, DP, CHUNK):
-                o_d = i_d + tl.arange(0, CHUNK)
-                b_codes = tl.load(high_ptr + (i_k + o_c)[:, None] * DP + o_d[None, :])  # [BLOCK_K, CHUNK]
-                b_part, b_rest = _halves(x_ptr, centre_ptr, o_n, m_n, o_d, b_unit, D, stride_xn, stride_xd)
-                b_part = tl.where((b_error < 0)[:, None], 0.0, b_part).to(tl.float16)
-                acc = tl.dot(b_part, tl.trans(b_codes), acc, input_precision="ieee")
+        b_codes = tl.load(high_ptr + (i_k + o_c)[:, None] * DP + tl.arange(0, DP)[None, :])  # [BLOCK_K, DP]
+        acc = tl.dot(b_high, tl.trans(b_codes), acc, input_precision="ieee")
         b_half = tl.load(half_norm_ptr + i_k + o_c)
         b_score = b_scale[:, None] * (b_top[:, None] - acc) + b_half[None, :]
         # ... and as integers they keep their order, with room in their last bits for the column

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from fastvid.kernels.nearest_codebook.triton_lookup import _load_rows
+from fastvid.kernels.nearest_codebook.triton_lookup import PARTS, _load_rows
 
 BLOCK_ROWS = tl.constexpr(256)  # at most so many rows of one code are added up by one program
 
@@ -120,12 +120,12 @@ def _codes_kernel(
     codebook_ptr, size_ptr, sum_ptr, kept_ptr, partial_ptr, steps_ptr, restart_ptr,
     decay, decay_rest, eps, dead_below, restart_size, K, D, P,
     stride_ck, stride_cd, stride_size, stride_mk, stride_md, stride_rk, stride_rd,
-    STEPS: tl.constexpr, RESTART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    STEPS: tl.constexpr, RESTART: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The codes from N and m; then the dead ones reborn, code, count and sum together."""
     o_k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     m_k = o_k < K
-    o_p = tl.arange(0, BLOCK_P)
+    o_p = tl.arange(0, PARTS)
     total = tl.sum(tl.load(partial_ptr + o_p, mask=o_p < P, other=0.0), axis=0)
     share = total * 0 + 1.0  # of the moving average's weights that have been given out by now
     if STEPS:
