@@ -10,9 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 2  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 3  # raised together with kernels/common/abi.cpp whenever a signature below changes
 
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 SIGNATURES = {
     "cpu": {
@@ -26,6 +27,13 @@ SIGNATURES = {
             (POINTER, INT, SIZE, POINTER, SIZE, SIZE, SIZE,
              # indices, quantized, squared_distance, counts, sums, nonfinite, threads, screen, rescored
              POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT, POINTER),
+        ),
+        "fastvid_update_codebook": (
+            INT,
+            # codebook, cluster_size, cluster_sum, counts, sums, K, D, decay, eps
+            (POINTER, POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, DOUBLE, FLOAT,
+             # steps, dead_below, restart, restart_size, threads
+             POINTER, FLOAT, POINTER, FLOAT, INT),
         ),
     },
 }  # fmt: skip

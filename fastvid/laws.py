@@ -60,9 +60,13 @@ class Bench:
 def why_not(subject: Subject, backend: str, device: str = "cpu", asked: bool = True) -> str | None:
     """Why a backend does not serve an op on this device, asked for by name or not; None where it does."""
     args = subject.make(subject.cases[0], device, subject.dtypes[0])
-    told = ops.OPS[subject.op].reasons(*args, backend=backend if asked else None)
-    reason = told.get(backend, "this op has no such backend")
+    reason = reasons(subject, backend if asked else None, args).get(backend, "this op has no such backend")
     return None if reason in (SERVES, LATER) else reason
+
+
+def reasons(subject: Subject, asked: str | None, args: tuple) -> dict[str, str]:
+    """What each backend of the op says to these arguments."""
+    return ops.OPS[subject.op].reasons(*args, backend=asked)
 
 
 def named_sizes(bench: Bench) -> None:
@@ -89,11 +93,12 @@ def empty_batch(bench: Bench) -> None:
 
 
 def any_strides(bench: Bench) -> None:
-    """Right from arguments that are spread out in memory."""
+    """Right from arguments that are spread out in memory, or refused with a reason."""
     for dtype in bench.subject.dtypes:
         args = bench.make(bench.cases[-1], dtype)
         spread = tuple(_spread(a) if isinstance(a, Tensor) and a.ndim > 1 else a for a in args)
-        bench.subject.judge(args, bench.call(spread))
+        if reasons(bench.subject, bench.backend, spread)[bench.backend] == SERVES:
+            bench.subject.judge(args, bench.call(spread))
 
 
 def same_bits(bench: Bench) -> None:

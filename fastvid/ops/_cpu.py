@@ -51,3 +51,32 @@ def nearest_codebook(
     if outcome:
         raise RuntimeError(f"nearest_codebook: the native kernel refused its arguments with {outcome}; report this.")
     return indices, quantized, distance, counts, sums, nonfinite
+
+
+def why_not_update(codebook: Tensor, cluster_size: Tensor, cluster_sum: Tensor, counts: Tensor, sums: Tensor,
+                   decay: float = 0.99, eps: float = 1e-5, steps: Tensor | None = None, dead_below: float = 0.0,
+                   restart: Tensor | None = None, restart_size: float = 1.0) -> str | None:  # fmt: skip
+    """Why the native nearest_codebook_ema_ cannot serve these arguments, in a few words; None when it can."""
+    floats = [codebook, cluster_size, cluster_sum, sums, *([] if restart is None else [restart])]
+    integers = [counts, *([] if steps is None else [steps])]
+    if any(tensor.device.type != "cpu" for tensor in floats + integers):
+        return f"takes tensors on the CPU, got {codebook.device}"
+    if any(tensor.dtype != torch.float32 for tensor in floats) or any(t.dtype != torch.int64 for t in integers):
+        return "takes a float32 state and batch with int64 counts and steps"
+    if not all(tensor.is_contiguous() for tensor in floats + integers):
+        return "takes contiguous tensors"
+    return _native.why_not("cpu")
+
+
+def nearest_codebook_ema_(
+    codebook: Tensor, cluster_size: Tensor, cluster_sum: Tensor, counts: Tensor, sums: Tensor, decay: float, eps: float,
+    steps: Tensor | None, dead_below: float, restart: Tensor | None, restart_size: float,
+) -> None:
+    """The moving average by the native kernel, in place, on torch's thread count; arguments as ops' of this name."""
+    outcome = _native.load("cpu").fastvid_update_codebook(
+        codebook.data_ptr(), cluster_size.data_ptr(), cluster_sum.data_ptr(), counts.data_ptr(), sums.data_ptr(),
+        *codebook.shape, decay, eps, None if steps is None else steps.data_ptr(), dead_below,
+        None if restart is None else restart.data_ptr(), restart_size, torch.get_num_threads(),
+    )  # fmt: skip
+    if outcome:
+        raise RuntimeError(f"nearest_codebook_ema_: the native kernel refused its arguments with {outcome}; report this.")

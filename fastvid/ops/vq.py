@@ -120,6 +120,7 @@ def _not_triton_ema(codebook: Tensor, *others) -> str | None:
     " float dead_below=0.0, Tensor? restart=None, float restart_size=1.0) -> ()",
     backends=[
         triton("nearest_codebook", "nearest_codebook_ema_", _not_triton_ema),
+        Backend("cpu", _cpu.nearest_codebook_ema_, _cpu.why_not_update),
         Backend("reference", reference.nearest_codebook_ema_, never),
     ],
     fake=lambda *_: None,

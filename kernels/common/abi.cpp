@@ -11,15 +11,16 @@ namespace {
 struct Level {
     const char* name;
     fastvid::Outcome (*nearest_codebook)(const fastvid::NearestCall&);
+    void (*update_codebook)(const fastvid::UpdateCall&);
 };
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
-    {"generic", fastvid::generic::nearest_codebook},
+    {"generic", fastvid::generic::nearest_codebook, fastvid::generic::update_codebook},
 #if defined(FASTVID_HAS_X86_LEVELS)
-    {"v2", fastvid::v2::nearest_codebook},
-    {"v3", fastvid::v3::nearest_codebook},
-    {"v4", fastvid::v4::nearest_codebook},
+    {"v2", fastvid::v2::nearest_codebook, fastvid::v2::update_codebook},
+    {"v3", fastvid::v3::nearest_codebook, fastvid::v3::update_codebook},
+    {"v4", fastvid::v4::nearest_codebook, fastvid::v4::update_codebook},
 #endif
 };
 
@@ -44,7 +45,7 @@ std::atomic<const Level*> chosen{&levels[processor_rank()]};
 }  // namespace
 
 // Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 2; }
+FASTVID_API int fastvid_abi_version(void) { return 3; }
 
 // The instruction set level in use: "generic", "v2", "v3" or "v4".
 FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
@@ -75,4 +76,15 @@ FASTVID_API int fastvid_nearest_codebook(const void* x, int x_type, int64_t stri
         return fastvid::BAD_ARGUMENT;
     return chosen.load()->nearest_codebook({x, x_type, stride_xn, codebook, N, K, D, indices, quantized,
                                             squared_distance, counts, sums, nonfinite, threads, screen, rescored});
+}
+
+// See nearest_codebook/cpu.h for the arguments.
+FASTVID_API int fastvid_update_codebook(float* codebook, float* cluster_size, float* cluster_sum, const int64_t* counts,
+                                        const float* sums, int64_t K, int64_t D, double decay, float eps,
+                                        int64_t* steps, float dead_below, const float* restart, float restart_size,
+                                        int threads) {
+    if (K < 1 || D < 1 || threads < 1) return fastvid::BAD_ARGUMENT;
+    chosen.load()->update_codebook({codebook, cluster_size, cluster_sum, counts, sums, K, D, decay, eps, steps,
+                                    dead_below, restart, restart_size, threads});
+    return fastvid::DONE;
 }

@@ -1,4 +1,4 @@
-// What one call of nearest_codebook is given, and the entry of every instruction set level.
+// What one call of each op is given, and the entries of every instruction set level.
 #pragma once
 
 #include <cstdint>
@@ -30,17 +30,38 @@ struct NearestCall {
     int64_t* rescored;  // [1] or null: codes whose distance was computed one by one
 };
 
+// What one call of nearest_codebook_ema_ is given; every row has its elements side by side and D from row to row.
+struct UpdateCall {
+    float* codebook;        // [K, D]
+    float* cluster_size;    // [K]
+    float* cluster_sum;     // [K, D]
+    const int64_t* counts;  // [K]
+    const float* sums;      // [K, D]
+    int64_t K, D;
+    double decay;
+    float eps;
+    int64_t* steps;  // [1] or null
+    float dead_below;
+    const float* restart;  // [K, D] or null
+    float restart_size;
+    int32_t threads;
+};
+
 namespace generic {
 Outcome nearest_codebook(const NearestCall& call);
+void update_codebook(const UpdateCall& call);
 }
 namespace v2 {
 Outcome nearest_codebook(const NearestCall& call);
+void update_codebook(const UpdateCall& call);
 }
 namespace v3 {
 Outcome nearest_codebook(const NearestCall& call);
+void update_codebook(const UpdateCall& call);
 }
 namespace v4 {
 Outcome nearest_codebook(const NearestCall& call);
+void update_codebook(const UpdateCall& call);
 }
 
 }  // namespace fastvid
