@@ -79,4 +79,4 @@ def nearest_codebook_ema_(
         None if restart is None else restart.data_ptr(), restart_size, torch.get_num_threads(),
     )  # fmt: skip
     if outcome:
-        raise RuntimeError(f"nearest_codebook_ema_: the native kernel refused its arguments with {outcome}; report this.")
+        raise RuntimeError(f"nearest_codebook_ema_: the native kernel refused its arguments with {outcome}; report it.")
