@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t CHUNK_BYTES = 128 << 10;  // of the panel: stays in the L2 cache while a block of rows passes
 constexpr int64_t BLOCK_BYTES = 64 << 10;   // of a block of rows, wide and quantised
 constexpr int64_t MOST_BLOCK_ROWS = 96, LEAST_BLOCK_ROWS = 24;
+constexpr int64_t LEAST_SCREENED_ROWS = 16, LEAST_SCREENED_CODES = 6;  // below, every distance costs less
 static_assert(MOST_BLOCK_ROWS % TILE_ROWS == 0 && LEAST_BLOCK_ROWS % TILE_ROWS == 0);
 
 // Cuts aligned arrays out of one allocation. Run once without memory to learn the size.
@@ -285,7 +286,8 @@ void plan(Job& job) {
     panel.tiles = (call.K + TILE_CODES - 1) / TILE_CODES;
     panel.quantised = call.screen == SCREEN_INT16 || (call.screen == SCREEN_AUTO && PAIR_INSTRUCTION);
     panel.tile_bytes = (panel.quantised ? pairs_of(call.D) : call.D) * 2 * VECTOR_BYTES;
-    job.screened = call.screen != SCREEN_NONE;
+    const bool worth_packing = call.N >= LEAST_SCREENED_ROWS && call.K >= LEAST_SCREENED_CODES;
+    job.screened = call.screen == SCREEN_AUTO ? worth_packing : call.screen != SCREEN_NONE;
     const int64_t fitting = BLOCK_BYTES / (padded(call.D) * 6) / TILE_ROWS * TILE_ROWS;
     job.block_rows = within(fitting, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS);
     job.blocks = (call.N + job.block_rows - 1) / job.block_rows;
@@ -319,10 +321,12 @@ Outcome run(const NearestCall& call) {
     shared.cut(cutter, job);
     __builtin_memset(job.panel.centre, 0, (size_t)padded(call.D) * sizeof(float));
     __builtin_memset(job.assigned, 0, (size_t)job.blocks);
-    measure(job.panel, call.codebook, shared.mean);
-    set_scale_and_bound(job.panel);
+    if (job.screened) {
+        measure(job.panel, call.codebook, shared.mean);
+        set_scale_and_bound(job.panel);
+        run_together(job.panel.tiles > 64 ? call.threads : 1, pack_tiles, &job);
+    }
     expect_to_fill(call.quantized, (size_t)(call.N * call.D) * sizeof(T));
-    run_together(job.panel.tiles > 64 ? call.threads : 1, pack_tiles, &job);
     if (call.sums) {
         __builtin_memset(call.counts, 0, (size_t)call.K * sizeof *call.counts);
         __builtin_memset(call.sums, 0, (size_t)(call.K * call.D) * sizeof *call.sums);

@@ -32,32 +32,48 @@ struct Panel {
 inline int64_t pairs_of(int64_t D) { return (D + 1) / 2; }
 
 inline bool finite_row(const float* row, int64_t D) {
-    float zero = 0;
-    for (int64_t d = 0; d < D; ++d) zero += row[d] * 0;
-    return zero == 0;
+    uint32_t largest = 0;  // exponent and fraction: in the order of magnitudes
+    for (int64_t d = 0; d < D; ++d) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, row + d, sizeof bits);
+        largest = (bits & 0x7fffffff) > largest ? bits & 0x7fffffff : largest;
+    }
+    return largest < 0x7f800000;
 }
 
-// Mean of the finite codes, and in `radius` the norm of the code that is farthest from it.
+constexpr int64_t STRIP = 64;  // elements of a code that are moved at a time
+
+// Writes a strip of a code, minus the centre and scaled, and returns its squared norm.
+inline double move_strip(const Panel& panel, const float* code, int64_t begin, double scale, double (&moved)[STRIP]) {
+    const int64_t count = panel.D - begin < STRIP ? panel.D - begin : STRIP;
+    for (int64_t i = 0; i < count; ++i) moved[i] = ((double)code[begin + i] - panel.centre[begin + i]) * scale;
+    for (int64_t i = count; i % 8; ++i) moved[i] = 0;
+    double squares[8] = {};
+    for (int64_t i = 0; i < count; i += 8)
+        for (int lane = 0; lane < 8; ++lane) squares[lane] += moved[i + lane] * moved[i + lane];
+    for (int lane = 1; lane < 8; ++lane) squares[0] += squares[lane];
+    return squares[0];
+}
+
+// Finds the mean of the finite codes and, as `radius`, the norm of the code that is farthest from it.
+// mean: scratch of D. half_norms: infinite here for codes that are not finite.
 inline void measure(Panel& panel, const float* codebook, double* mean) {
     const int64_t K = panel.K, D = panel.D;
     int64_t finite = 0;
     for (int64_t d = 0; d < D; ++d) mean[d] = 0;
     for (int64_t k = 0; k < K; ++k) {
         const float* code = codebook + k * D;
-        if (!finite_row(code, D)) continue;
+        panel.half_norms[k] = finite_row(code, D) ? 0 : INFINITE;
+        if (panel.half_norms[k] != 0) continue;
         ++finite;
         for (int64_t d = 0; d < D; ++d) mean[d] += code[d];
     }
     for (int64_t d = 0; d < D; ++d) panel.centre[d] = finite ? (float)(mean[d] / (double)finite) : 0;
     double longest = 0;
     for (int64_t k = 0; k < K; ++k) {
-        const float* code = codebook + k * D;
-        if (!finite_row(code, D)) continue;
-        double square = 0;
-        for (int64_t d = 0; d < D; ++d) {
-            const double moved = (double)code[d] - panel.centre[d];
-            square += moved * moved;
-        }
+        if (panel.half_norms[k] != 0) continue;
+        double square = 0, moved[STRIP];
+        for (int64_t d = 0; d < D; d += STRIP) square += move_strip(panel, codebook + k * D, d, 1, moved);
         longest = square > longest ? square : longest;
     }
     panel.radius = __builtin_sqrt(longest) * (1 + 1e-9);
@@ -75,24 +91,36 @@ inline void set_scale_and_bound(Panel& panel) {
     panel.bound = 1.01 * 2 * UNIT * E * E;  // of the half norms, and of adding one to a product
 }
 
-// Packs one tile. `moved` is scratch of D.
-inline void pack_tile(const Panel& panel, const float* codebook, int64_t tile) {
-    const int64_t D = panel.D;
-    auto* packed = (char*)panel.packed + tile * panel.tile_bytes;
-    __builtin_memset(packed, 0, (size_t)panel.tile_bytes);
+// Writes a strip of moved elements, of column c of a tile; `begin` is even.
+inline void pack_strip(const Panel& panel, const double (&moved)[STRIP], int64_t begin, char* packed, int64_t c) {
+    const int64_t count = panel.D - begin < STRIP ? panel.D - begin : STRIP;
+    if (!panel.quantised) {
+        for (int64_t i = 0; i < count; ++i) ((float*)packed)[(begin + i) * TILE_CODES + c] = (float)moved[i];
+        return;
+    }
     const double steps = panel.radius > 0 ? LARGEST / panel.radius : 0;
+    const double shift = 0x1.8p52;  // leaves the rounded integer in the low bits
+    int64_t bits[STRIP];
+    for (int64_t i = 0; i < (count + 1) / 2 * 2; ++i) {
+        const double rounded = moved[i] * steps + shift;
+        __builtin_memcpy(&bits[i], &rounded, sizeof rounded);
+    }
+    for (int64_t i = 0; i < count; i += 2)
+        ((uint32_t*)packed)[(begin + i) / 2 * TILE_CODES + c] =
+            (uint32_t)bits[i + 1] << 16 | ((uint32_t)bits[i] & 0xffff);
+}
+
+inline void pack_tile(const Panel& panel, const float* codebook, int64_t tile) {
+    char* packed = (char*)panel.packed + tile * panel.tile_bytes;
+    __builtin_memset(packed, 0, (size_t)panel.tile_bytes);
     for (int64_t c = 0; c < TILE_CODES; ++c) {
         const int64_t k = tile * TILE_CODES + c;
-        panel.half_norms[k] = INFINITE;
-        if (k >= panel.K || !finite_row(codebook + k * D, D)) continue;
-        double square = 0;
-        for (int64_t d = 0; d < D; ++d) {
-            const double moved = ((double)codebook[k * D + d] - panel.centre[d]) * panel.scale;
-            square += moved * moved;
-            if (panel.quantised)
-                ((int16_t*)packed)[(d / 2 * TILE_CODES + c) * 2 + d % 2] = (int16_t)__builtin_lrint(moved * steps);
-            else
-                ((float*)packed)[d * TILE_CODES + c] = (float)moved;
+        if (k >= panel.K) panel.half_norms[k] = INFINITE;
+        if (k >= panel.K || panel.half_norms[k] == INFINITE) continue;
+        double square = 0, moved[STRIP];
+        for (int64_t d = 0; d < panel.D; d += STRIP) {
+            square += move_strip(panel, codebook + k * panel.D, d, panel.scale, moved);
+            pack_strip(panel, moved, d, packed, c);
         }
         panel.half_norms[k] = (float)(square / 2);
     }
