@@ -42,7 +42,7 @@ LARGE, MIDDLE, ALL = ("sm_90", "sm_100"), ("sm_80", "sm_90", "sm_100"), ()
 # are so wide that reading them from L2 for 64 rows at a time would be the limit.
 FITS = [
     (Config(128, 64, 8, 3), 64, 200, LARGE),
-    (Config(64, 64, 4, 3), 128, 0, ALL),
+    (Config(64, 64, 4, 2), 128, 0, ALL),
     (Config(128, 64, 8, 2), 256, 200, LARGE),
     (Config(64, 64, 8, 2), 256, 0, ALL),
     (Config(64, 64, 8, 2), 512, 160, MIDDLE),
@@ -123,8 +123,8 @@ class Codes(NamedTuple):
 
 def _prepare(codebook: Tensor) -> Codes:
     (K, D), DP = codebook.shape, padded_width(codebook.shape[1])
-    padded, block = triton.cdiv(K, CODE_PAD) * CODE_PAD, _code_block(K)
-    P, BLOCK_D = padded // block, min(DP, 64)
+    padded, (block, step) = triton.cdiv(K, CODE_PAD) * CODE_PAD, _code_block(K)
+    P, step = padded // block, min(DP, step)
     high, low = codebook.new_empty(2, padded, DP, dtype=torch.float16)
     sizes = [DP, padded, P, P, P]
     centre, half_norm, reach, slack, peak = codebook.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
@@ -132,18 +132,18 @@ def _prepare(codebook: Tensor) -> Codes:
     counters = codebook.new_empty(2, dtype=torch.int64)
     lookup._centre_kernel[P,](
         codebook, centre, peak, counters, K, D, min(K, CENTRE_CODES), *codebook.stride(),
-        DP=DP, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
+        DP=DP, BLOCK_K=block, BLOCK_D=step, num_warps=4, num_stages=1,
     )  # fmt: skip
     lookup._encode_kernel[P,](
         codebook, centre, peak, high, low, half_norm, reach, slack, exponent, K, D, P, *codebook.stride(),
-        DP=DP, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
+        DP=DP, BLOCK_K=block, BLOCK_D=step, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Codes(centre, high, low, half_norm, reach, slack, exponent, counters)
 
 
-def _code_block(K: int) -> int:
-    """Codes per program, so that at most 512 programs (triton_lookup.PARTS) leave a part of a result each."""
-    return 32 if K <= 8192 else 128
+def _code_block(K: int) -> tuple[int, int]:
+    """Codes per program, so that at most 512 programs (triton_lookup.PARTS) leave a part of a result each; columns."""
+    return (32, 64) if K <= 8192 else (128, 16)
 
 
 def nearest_codebook(
@@ -226,21 +226,21 @@ def nearest_codebook_ema_(
     steps: Tensor | None = None, dead_below: float = 0.0, restart: Tensor | None = None, restart_size: float = 1.0,
 ) -> None:
     """The launcher of fastvid.ops.nearest_codebook_ema_, for a state in float32: two launches, nobody waits."""
-    (K, D), block = codebook.shape, _code_block(codebook.shape[0])
-    P, BLOCK_D = triton.cdiv(K, block), min(64, triton.next_power_of_2(D))
+    (K, D), (block, step) = codebook.shape, _code_block(codebook.shape[0])
+    P, step = triton.cdiv(K, block), min(step, triton.next_power_of_2(D))
     kept, partial = codebook.new_empty(K, dtype=torch.int8), codebook.new_empty(P)
     high = torch.tensor(decay, dtype=torch.float32).item()
     state = cluster_size.stride(0), *cluster_sum.stride()
     update._average_kernel[P,](
         cluster_size, cluster_sum, counts, sums, kept, partial, steps, high, decay - high, K, D,
         *state, counts.stride(0), *sums.stride(),
-        STEPS=steps is not None, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
+        STEPS=steps is not None, BLOCK_K=block, BLOCK_D=step, num_warps=8, num_stages=1,
     )  # fmt: skip
     update._codes_kernel[P,](
         codebook, cluster_size, cluster_sum, kept, partial, steps, restart,
         high, decay - high, float(eps), float(dead_below), float(restart_size), K, D, P,
         *codebook.stride(), *state, *(restart.stride() if restart is not None else (0, 0)),
-        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1,
+        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=step, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
@@ -250,9 +250,10 @@ _TYPES = {
     "x_ptr": "*fp32:16", "codebook_ptr": "*fp32:16", "quantized_ptr": "*fp32:16", "high_ptr": "*fp16:16",
     "low_ptr": "*fp16:16", "exponent_ptr": "*i32:16", "indices_ptr": "*i64:16", "keys_ptr": "*i16:16",
     "doubtful_ptr": "*i32:16", "counters_ptr": "*i64:16", "starts_ptr": "*i32:16", "order_ptr": "*i64:16",
-    "counts_ptr": "*i64:16", "kept_ptr": "*i8:16", "steps_ptr": "*i64:16", "steps": "i32", "S": "i32:16",
+    "counts_ptr": "*i64:16", "kept_ptr": "*i8:16", "steps_ptr": "*i64:16",
+    **dict.fromkeys(("N", "K", "P", "S", "steps"), "i32"),  # as the kernels' do_not_specialize has it
     **dict.fromkeys(("decay", "decay_rest", "eps", "dead_below", "restart_size"), "fp32"),
-    **dict.fromkeys(("N", "K", "D", "P", "stride_xn", "stride_ck", "stride_mk", "stride_sk", "stride_rk"), "i32:16"),
+    **dict.fromkeys(("D", "stride_xn", "stride_ck", "stride_mk", "stride_sk", "stride_rk"), "i32:16"),
 }  # fmt: skip
 
 
@@ -284,16 +285,18 @@ def variants() -> list[Variant]:
         tile = {"BLOCK_N": 64, "BLOCK_K": 64, "DP": DP, "CHUNK": chunk, "STATISTICS": True}
         name = f"second_look_fp16_64x64x{DP}_w{warps}_s2"
         made.append(_variant(lookup._second_look_kernel, name, tile, warps, 2, True))
-    codes = {"BLOCK_K": 32, "BLOCK_D": 64}
-    rows = {"DP": 64, "BLOCK_N": _rows_at_once(64)}
-    asked = {"STEPS": True}
+    for block, step in (_code_block(1), _code_block(MAX_K)):
+        codes, name = {"BLOCK_K": block, "BLOCK_D": step}, f"{block}x{step}"
+        made += [
+            _variant(lookup._centre_kernel, f"centre_{name}_w4", codes | {"DP": 64}, 4),
+            _variant(lookup._encode_kernel, f"encode_{name}_w4", codes | {"DP": 64}, 4),
+            _variant(update._average_kernel, f"average_{name}_w8", codes | {"STEPS": True}, 8),
+            _variant(update._codes_kernel, f"codes_{name}_w8", codes | {"STEPS": True, "RESTART": True}, 8),
+        ]
+    for DP in (64, 512):
+        rows = {"DP": DP, "BLOCK_N": _rows_at_once(DP)}
+        made.append(_variant(update._block_sums_kernel, f"block_sums_{rows['BLOCK_N']}x{DP}_w4", rows, 4))
     return made + [
-        _variant(lookup._centre_kernel, "centre_32x64_w4", codes | {"DP": 64}, 4),
-        _variant(lookup._encode_kernel, "encode_32x64_w4", codes | {"DP": 64}, 4),
+        _variant(update._code_sums_kernel, "code_sums_8x512_w4", rows, 4),
         _variant(update._starts_kernel, "starts_128_w4", {"BLOCK": 128}, 4, keys_ptr="*i16:16"),
-        _variant(update._block_sums_kernel, "block_sums_64x64_w4", rows, 4),
-        _variant(update._block_sums_kernel, "block_sums_8x512_w4", {"DP": 512, "BLOCK_N": _rows_at_once(512)}, 4),
-        _variant(update._code_sums_kernel, "code_sums_64x64_w4", rows, 4),
-        _variant(update._average_kernel, "average_32x64_w4", codes | asked, 4),
-        _variant(update._codes_kernel, "codes_32x64_w4", codes | asked | {"RESTART": True}, 4),
     ]

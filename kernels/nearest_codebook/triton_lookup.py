@@ -38,7 +38,7 @@ def _rounded(b, KIND: tl.constexpr):
     return b.to(KIND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "S"])
 def _centre_kernel(
     codebook_ptr, centre_ptr, peak_ptr, counters_ptr, K, D, S, stride_ck, stride_cd,
     DP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +65,7 @@ def _centre_kernel(
         tl.store(counters_ptr + tl.arange(0, 2), tl.zeros((2,), tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "P"])
 def _encode_kernel(
     codebook_ptr, centre_ptr, peak_ptr, high_ptr, low_ptr, half_norm_ptr, reach_ptr, slack_ptr, exponent_ptr,
     K, D, P, stride_ck, stride_cd, DP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -183,7 +183,7 @@ def _measure(x_ptr, centre_ptr, o_n, m_n, D, stride_xn, stride_xd, DP: tl.conste
     return b_e, acc_square, acc_rest, b_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "P"])
 def _screen_kernel(
     x_ptr, codebook_ptr, centre_ptr, high_ptr, half_norm_ptr, reach_ptr, slack_ptr, exponent_ptr,
     indices_ptr, quantized_ptr, distance_ptr, keys_ptr, doubtful_ptr, counters_ptr,
@@ -257,7 +257,7 @@ def _screen_kernel(
             tl.store(doubtful_ptr + o_list, (first + o_r).to(tl.int32), mask=m_doubt)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _second_look_kernel(
     x_ptr, codebook_ptr, centre_ptr, high_ptr, low_ptr, half_norm_ptr, exponent_ptr,
     indices_ptr, quantized_ptr, distance_ptr, keys_ptr, doubtful_ptr, counters_ptr,

@@ -7,7 +7,7 @@ from fastvid.kernels.nearest_codebook.triton_lookup import PARTS, _load_rows
 BLOCK_ROWS = tl.constexpr(256)  # at most so many rows of one code are added up by one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "steps"])
 def _starts_kernel(keys_ptr, starts_ptr, N, K, steps, BLOCK: tl.constexpr):
     """starts [K + 1]: where the rows of each code begin among the sorted keys, by bisection."""
     o_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,7 +21,7 @@ def _starts_kernel(keys_ptr, starts_ptr, N, K, steps, BLOCK: tl.constexpr):
     tl.store(starts_ptr + o_k, b_low, mask=o_k <= K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _block_sums_kernel(
     x_ptr, order_ptr, starts_ptr, partial_ptr, sums_ptr, counts_ptr, K, D, stride_xn, stride_xd,
     DP: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,7 +81,7 @@ def _sum64(high, low):
     return tl.full((), high, tl.float64) + tl.full((), low, tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _average_kernel(
     size_ptr, sum_ptr, counts_ptr, sums_ptr, kept_ptr, partial_ptr, steps_ptr, decay, decay_rest, K, D,
     stride_size, stride_mk, stride_md, stride_counts, stride_sk, stride_sd,
@@ -115,7 +115,7 @@ def _average_kernel(
             tl.store(steps_ptr, tl.load(steps_ptr) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "P"])
 def _codes_kernel(
     codebook_ptr, size_ptr, sum_ptr, kept_ptr, partial_ptr, steps_ptr, restart_ptr,
     decay, decay_rest, eps, dead_below, restart_size, K, D, P,
