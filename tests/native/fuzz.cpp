@@ -1,5 +1,4 @@
-// Random calls of nearest_codebook on heap buffers of exactly the promised size, checked against a plain loop in
-// double. Built with sanitizers: see kernels/README.md. Usage: fuzz [calls] [seed]
+// Random calls of both ops on heap buffers of exactly the promised size, checked against plain loops in double. Built with sanitizers: see kernels/README.md. Usage: fuzz [calls] [seed]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +15,8 @@ const char* fastvid_cpu_best_isa(void);
 int fastvid_cpu_use_isa(const char* name);
 int fastvid_nearest_codebook(const void*, int, int64_t, const float*, int64_t, int64_t, int64_t, int64_t*, void*,
                              float*, int64_t*, float*, int64_t*, int, int, int64_t*);
+int fastvid_update_codebook(float*, float*, float*, const int64_t*, const float*, int64_t, int64_t, double, float,
+                            int64_t*, float, const float*, float, int);
 }
 
 namespace {
@@ -168,6 +169,77 @@ void one_call(int64_t call, int x_type) {
     drawn.check();
 }
 
+// One update: its state before and after, and what the batch brings.
+struct Update {
+    int64_t call, K = between(1, 90), D = between(1, 40), steps = between(0, 5), steps_before = steps;
+    double decay = (double)between(0, 99) / 100;
+    float eps = 1e-5f, dead_below = between(0, 1) ? 0.5f : 0, restart_size = 2;
+    bool debiased = between(0, 1), restarts = between(0, 1);
+    std::unique_ptr<float[]> codes = filled(K * D), size = buffer<float>(K), sum = filled(K * D);
+    std::unique_ptr<float[]> batch = filled(K * D), born = filled(K * D);
+    std::unique_ptr<int64_t[]> counts = buffer<int64_t>(K);
+    std::vector<float> old_codes, old_size, old_sum;
+
+    explicit Update(int64_t number) : call(number) {
+        for (int64_t k = 0; k < K; ++k) {
+            size[(size_t)k] = std::fabs(normal());
+            counts[(size_t)k] = between(0, 4);
+        }
+        for (int64_t hostile = between(0, 3); hostile > 0; --hostile)
+            batch[(size_t)between(0, K * D - 1)] = between(0, 1) ? NAN : INFINITY;
+        old_codes.assign(codes.get(), codes.get() + K * D);
+        old_size.assign(size.get(), size.get() + K);
+        old_sum.assign(sum.get(), sum.get() + K * D);
+    }
+
+    static std::unique_ptr<float[]> filled(int64_t count) {
+        auto made = buffer<float>(count);
+        for (int64_t i = 0; i < count; ++i) made[(size_t)i] = normal();
+        return made;
+    }
+
+    void run() {
+        const int outcome = fastvid_update_codebook(
+            codes.get(), size.get(), sum.get(), counts.get(), batch.get(), K, D, decay, eps, debiased ? &steps : nullptr,
+            dead_below, restarts ? born.get() : nullptr, restart_size, (int)between(1, 7));
+        expect(outcome == 0 && steps == steps_before + debiased, "steps of an update", call, -1);
+    }
+
+    bool kept(int64_t k) const { return std::isfinite(distance(&batch[(size_t)(k * D)], old_sum.data(), D)); }
+
+    static void near(float got, double wanted, const char* what, int64_t call, int64_t k) {
+        expect(std::fabs(got - wanted) <= 2e-5 * (1 + std::fabs(wanted)), what, call, k);
+    }
+
+    void check() {
+        const double share = debiased ? 1 - std::pow(decay, (double)steps) : 1;
+        std::vector<double> seen;
+        double total = 0;
+        for (int64_t k = 0; k < K; ++k) {
+            const double before = old_size[(size_t)k], rows = (double)counts[(size_t)k];
+            seen.push_back((kept(k) ? decay * before + (1 - decay) * rows : before) / share);
+            total += seen.back();
+        }
+        for (int64_t k = 0; k < K; ++k) {
+            const bool dead = restarts && seen[(size_t)k] < dead_below;
+            if (std::fabs(seen[(size_t)k] - dead_below) < 1e-5) continue;  // rounding decides who is dead
+            const double count = dead ? restart_size : seen[(size_t)k];
+            near(size[(size_t)k], count * share, "cluster size", call, k);
+            const double smooth = (count + eps) / (total + eps * (double)K) * total;
+            for (size_t i = (size_t)(k * D); i < (size_t)((k + 1) * D); ++i) {
+                const double old = old_sum[i], moved = decay * old + (1 - decay) * (double)batch[i];
+                const double m = dead ? born[i] * restart_size * share : kept(k) ? moved : old;
+                near(sum[i], m, "cluster sum", call, k);
+                if (dead || !kept(k)) {
+                    expect(codes[i] == (dead ? born[i] : old_codes[i]), "a code that was set or left", call, k);
+                } else if (smooth > 1e-3) {
+                    near(codes[i], m / share / smooth, "code", call, k);
+                }
+            }
+        }
+    }
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -176,6 +248,12 @@ int main(int argc, char** argv) {
     const char* levels[] = {"generic", "v2", "v3", "v4"};
     for (int64_t call = 0; call < calls; ++call) {
         fastvid_cpu_use_isa(levels[between(0, 3)]);  // a level that this processor lacks leaves the last one
+        if (call % 4 == 3) {
+            Update drawn(call);
+            drawn.run();
+            drawn.check();
+            continue;
+        }
         const int x_type = (int)between(0, 2);
         if (x_type == FLOAT32) one_call<float>(call, x_type);
         if (x_type == BFLOAT16) one_call<BFloat16>(call, x_type);
