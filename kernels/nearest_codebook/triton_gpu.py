@@ -240,7 +240,7 @@ def nearest_codebook_ema_(
         codebook, cluster_size, cluster_sum, kept, partial, steps, restart,
         high, decay - high, float(eps), float(dead_below), float(restart_size), K, D, P,
         *codebook.stride(), *state, *(restart.stride() if restart is not None else (0, 0)),
-        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=step, num_warps=8, num_stages=1,
+        STEPS=steps is not None, RESTART=restart is not None, BLOCK_K=block, BLOCK_D=step, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def variants() -> list[Variant]:
             _variant(lookup._centre_kernel, f"centre_{name}_w4", codes | {"DP": 64}, 4),
             _variant(lookup._encode_kernel, f"encode_{name}_w4", codes | {"DP": 64}, 4),
             _variant(update._average_kernel, f"average_{name}_w8", codes | {"STEPS": True}, 8),
-            _variant(update._codes_kernel, f"codes_{name}_w8", codes | {"STEPS": True, "RESTART": True}, 8),
+            _variant(update._codes_kernel, f"codes_{name}_w4", codes | {"STEPS": True, "RESTART": True}, 4),
         ]
     for DP in (64, 512):
         rows = {"DP": DP, "BLOCK_N": _rows_at_once(DP)}
