@@ -183,17 +183,11 @@ def _look_up(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if exact:
-        chunk, warps = _second_look(DP)
         lookup._second_look_kernel[min(triton.cdiv(N, 64), SECOND_LOOKS),](
             x, codebook, codes.centre, codes.high, codes.low, codes.half_norm, codes.exponent,
             *outputs, doubtful, codes.counters, K, D, *strides,
-            DP=DP, CHUNK=chunk, BLOCK_N=64, BLOCK_K=64, STATISTICS=statistics, num_warps=warps, num_stages=2,
+            DP=DP, CHUNK=min(DP, 32), BLOCK_N=64, BLOCK_K=64, STATISTICS=statistics, num_warps=8, num_stages=2,
         )  # fmt: skip
-
-
-def _second_look(DP: int) -> tuple[int, int]:
-    """Step of the width, and warps: few rows come here, so one config for all that fits every chip."""
-    return (DP, 4) if DP <= 64 else (32, 8)
 
 
 def _add_up(x: Tensor, keys: Tensor, K: int) -> tuple[Tensor, Tensor]:
@@ -281,10 +275,8 @@ def variants() -> list[Variant]:
             made.append(_variant(lookup._screen_kernel, f"screen_half_fp16_{name}_bf16", tile | {"CERTIFY": False},
                                  warps, stages, True, targets, x_ptr="*bf16:16", quantized_ptr="*bf16:16"))  # fmt: skip
     for DP in (64, 512):
-        chunk, warps = _second_look(DP)
-        tile = {"BLOCK_N": 64, "BLOCK_K": 64, "DP": DP, "CHUNK": chunk, "STATISTICS": True}
-        name = f"second_look_fp16_64x64x{DP}_w{warps}_s2"
-        made.append(_variant(lookup._second_look_kernel, name, tile, warps, 2, True))
+        tile = {"BLOCK_N": 64, "BLOCK_K": 64, "DP": DP, "CHUNK": 32, "STATISTICS": True}
+        made.append(_variant(lookup._second_look_kernel, f"second_look_fp16_64x64x{DP}_w8_s2", tile, 8, 2, True))
     for block, step in (_code_block(1), _code_block(MAX_K)):
         codes, name = {"BLOCK_K": block, "BLOCK_D": step}, f"{block}x{step}"
         made += [
