@@ -74,7 +74,7 @@ def test_configs(config, width, device):
     x, codebook = cases.Case("", config.rows + 6, 70, width - 3).make(device)
     if config._asdict() not in triton_gpu.tunable(x, codebook):
         pytest.skip(f"{triton_gpu._device(triton_gpu._index(x))[0]} has not the shared memory for this tile")
-    for precision in ("exact", "bf16"):
+    for precision in ("exact", "bf16") if width <= 128 else ("exact",):  # wide rows are slow in the interpreter
         cases.judge((x, codebook, False, precision), look_up(x, codebook, False, precision, config._asdict()))
 
 
@@ -136,8 +136,8 @@ def test_scales(rows, codes, device):
     terms = (x.double() / unit - middle).norm(dim=1) * (codebook.double() / unit - middle).norm(dim=1).max()
     # of two codes at nearly one distance only the products with the row and the half norms are rounded
     terms += (codebook.double() / unit - middle).square().sum(1).max()
-    for precision in PRECISIONS:
-        near = look_up(x, codebook, precision=precision)
+    for precision in ("exact", "tf32"):
+        near = look_up(x, codebook, False, precision)
         regret = distance.gather(1, near.indices[:, None])[:, 0] - distance.amin(1)
         assert (regret <= 32 * cases.ROUNDING[precision] * terms + 1e-14 * distance.amin(1)).all()
         assert near.nonfinite.item() == 0
