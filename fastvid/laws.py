@@ -1,6 +1,7 @@
 """The laws that every backend of every op holds: run by tests/ops and, on a user's machine, by `fastvid selftest`."""
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -30,7 +31,7 @@ class Bench:
     """One backend of one op on one device, and how much is asked of it.
 
     shapes: sizes drawn at random; repeats: of one call whose bits are compared. seed: of both and of all values.
-    work:   named sizes that ask for more operations are left out; None leaves none out.
+    work, drawn_work: named and drawn sizes that ask for more operations are left out; None leaves none out.
     """
 
     subject: Subject
@@ -40,6 +41,7 @@ class Bench:
     repeats: int = 5
     seed: int = 0
     work: int | None = None
+    drawn_work: int | None = None
 
     @property
     def cases(self) -> list:
@@ -80,8 +82,10 @@ def named_sizes(bench: Bench) -> None:
 def random_shapes(bench: Bench) -> None:
     """Right within the yardstick at sizes that nobody chose."""
     random = Random(bench.seed)
-    for _ in range(bench.shapes):
-        case, dtype = bench.subject.drawn(random), random.choice(bench.subject.dtypes)
+    endless = iter(lambda: bench.subject.drawn(random), None)
+    fitting = (case for case in endless if bench.drawn_work is None or case.work <= bench.drawn_work)
+    for case in itertools.islice(fitting, bench.shapes):
+        dtype = random.choice(bench.subject.dtypes)
         with _told(case, dtype):
             bench.judged(case, dtype)
 

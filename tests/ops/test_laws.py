@@ -15,7 +15,7 @@ def bench(name: str, backend: str, device: torch.device, **asked) -> laws.Bench:
     if reason := laws.why_not(subject, backend, str(device)):
         pytest.skip(f"{name} by {backend} on {device}: {reason}")
     if backend in SLOW and device.type == "cpu":
-        asked = {"shapes": 25, "repeats": 2, "work": 1_000_000} | asked
+        asked = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000} | asked
     return laws.Bench(subject, backend, str(device), **asked)
 
 
