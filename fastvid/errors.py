@@ -19,3 +19,7 @@ class DataError(FastvidError):
 
 class CheckpointError(FastvidError):
     """A model or training folder that is missing, damaged or of another kind."""
+
+
+class BackendError(FastvidError, NotImplementedError):
+    """No backend that was asked for serves an op's arguments; says why each does not."""

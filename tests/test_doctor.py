@@ -46,6 +46,13 @@ def test_selftest_passes_here(capsys):
     assert tried >= len(ops.OPS) and lines[-1] == f"{tried} of {tried} backends that can run here hold every law"
 
 
+def test_an_unknown_backend_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("FASTVID_BACKEND", "gpu")
+    assert main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert told == "fastvid: FASTVID_BACKEND: unknown backend 'gpu'; known: triton, cuda, cpu, reference.\n"
+
+
 @pytest.mark.parametrize("wrong", ["ValueError", "bits"])
 def test_selftest_finds_a_broken_backend(wrong, monkeypatch, capsys):
     honest = ops.nearest_codebook.backends[-1].run

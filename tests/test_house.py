@@ -30,7 +30,7 @@ STAIRCASE = [
     ("kernels/*/cases.py",      "testing kernels.<own room>",                      "torch"),
     ("kernels/*.py",            "kernels.common kernels.<own room>",               "torch triton"),
     ("fastvid/laws.py",         "ops testing",                                     "torch"),
-    ("fastvid/ops/*",           "ops kernels _native",                             "torch"),
+    ("fastvid/ops/*",           "ops kernels _native errors",                      "torch"),
     ("fastvid/nn/*",            "nn ops errors",                                   "torch"),
     ("fastvid/swaps.py",        "nn",                                              "torch"),
     ("fastvid/sampling*",       "sampling nn ops errors",                          "torch"),

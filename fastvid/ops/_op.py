@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvid.errors import BackendError, UsageError
+
 KNOWN = ("triton", "cuda", "cpu", "reference")
 SERVES, LATER = "serves", "comes later in the order"
 OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
@@ -71,7 +73,7 @@ def lazy(module: str, function: str) -> Callable[..., Any]:
 def backend(*names: str) -> Iterator[None]:
     """Only these backends serve while inside: `with fastvid.backend("cpu", "reference"):`; the first that can.
 
-    A compiled function obeys the block it is called in. Raises ValueError for a name that no backend has.
+    A compiled function obeys the block it is called in. Raises UsageError for a name that no backend has.
     """
     token = _chosen.set(",".join(_names(",".join(names), "backend()")))
     try:
@@ -210,14 +212,14 @@ class Op:
                 return mine[name]
         lacking = {name: "this op has no such backend" for name in permitted if name not in mine}
         told = _told(self.name, args, lacking | self.reasons(*args, backend=asked))
-        raise NotImplementedError(told.replace(":", ": no backend that was asked for serves", 1))
+        raise BackendError(told.replace(":", ": no backend that was asked for serves", 1))
 
 
 def _names(asked: str, where: str) -> list[str]:
     names = [name.strip() for name in asked.split(",") if name.strip()]
     for name in names:
         if name not in KNOWN:
-            raise ValueError(f"{where}: unknown backend {name!r}; known: {', '.join(KNOWN)}.")
+            raise UsageError(f"{where}: unknown backend {name!r}; known: {', '.join(KNOWN)}.")
     return names
 
 
