@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,17 @@ class BenchError(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    asked = _parser().parse_args(arguments)
+    return answer("bench", _parser().parse_args(arguments), _run)
+
+
+def answer(name: str, asked: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:
+    """What a command line asked for, by the fastvid that is installed or this checkout's; a BenchError is one line."""
     if importlib.util.find_spec("fastvid") is None:
         sys.path.insert(0, str(ROOT))
     try:
-        return _run(asked)
+        return work(asked)
     except BenchError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
 
 

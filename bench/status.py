@@ -14,7 +14,6 @@ each). What breaks a law loses its entry. Exit codes: 0; 1 for a broken law or a
 import argparse
 import datetime
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from run import ROOT, BenchError, cpu_name, device_name, new_results, read_results, result_file, write_file
+from run import ROOT, BenchError, answer, cpu_name, device_name, new_results, read_results, result_file, write_file
 
 BEGIN, END = "<!-- status: written by bench/status.py -->", "<!-- end of status -->"
 # on a GPU new shapes may have to be compiled; the interpreter is hundreds of times slower
@@ -37,14 +36,7 @@ Entry = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    asked = _parser().parse_args(arguments)
-    if importlib.util.find_spec("fastvid") is None:
-        sys.path.insert(0, str(ROOT))
-    try:
-        return _run(asked)
-    except BenchError as error:
-        print(f"status: {error}", file=sys.stderr)
-        return 2
+    return answer("status", _parser().parse_args(arguments), _run)
 
 
 def _parser() -> argparse.ArgumentParser:

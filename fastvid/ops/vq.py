@@ -6,10 +6,10 @@ from torch import Tensor
 from fastvid.kernels.nearest_codebook import reference
 from fastvid.kernels.nearest_codebook.reference import Nearest
 from fastvid.ops import _cpu
-from fastvid.ops._op import Backend, never, op, triton
+from fastvid.ops._op import Backend, lazy, never, op, triton
 
 PRECISIONS = ("exact", "tf32", "bf16")
-TRITON_MAX_D, TRITON_MAX_K = 512, 65536
+TRITON = "nearest_codebook.triton_gpu"
 
 
 def _fake(x: Tensor, codebook: Tensor, statistics: bool = True, precision: str = "exact") -> tuple[Tensor, ...]:
@@ -53,21 +53,12 @@ def _backward(ctx, grad_quantized, _indices, grad_distance, _counts, grad_sums, 
     return grad_x, grad_codebook, None, None
 
 
-def _not_triton(x: Tensor, codebook: Tensor, statistics: bool, precision: str) -> str | None:
-    if torch.float64 in (x.dtype, codebook.dtype):
-        return "takes no float64"
-    K, D = codebook.shape
-    if D > TRITON_MAX_D or K > TRITON_MAX_K:
-        return f"takes D up to {TRITON_MAX_D} and K up to {TRITON_MAX_K}, got {D} and {K}"
-    return None
-
-
 @op(
     # a floating output comes first, because torch's opcheck adds outputs up onto the first one
     "(Tensor x, Tensor codebook, bool statistics=True, str precision='exact') -> (Tensor quantized,"
     " Tensor indices, Tensor squared_distance, Tensor counts, Tensor sums, Tensor nonfinite)",
     backends=[
-        triton("nearest_codebook", "nearest_codebook", _not_triton),
+        triton(TRITON, "nearest_codebook", lazy(TRITON, "why_not")),
         Backend("cpu", _cpu.nearest_codebook, _cpu.why_not),
         Backend("reference", reference.nearest_codebook, never),
     ],
@@ -119,7 +110,7 @@ def _not_triton_ema(codebook: Tensor, *others) -> str | None:
     " float decay=0.99, float eps=1e-5, Tensor(d!)? steps=None,"
     " float dead_below=0.0, Tensor? restart=None, float restart_size=1.0) -> ()",
     backends=[
-        triton("nearest_codebook", "nearest_codebook_ema_", _not_triton_ema),
+        triton(TRITON, "nearest_codebook_ema_", _not_triton_ema),
         Backend("cpu", _cpu.nearest_codebook_ema_, _cpu.why_not_update),
         Backend("reference", reference.nearest_codebook_ema_, never),
     ],

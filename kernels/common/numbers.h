@@ -26,6 +26,16 @@ inline uint32_t bits_of(float value) {
     return bits;
 }
 
+// Whether no element is a NaN or an infinity.
+inline bool finite_row(const float* row, int64_t D) {
+    uint32_t largest = 0;  // exponent and fraction: in the order of magnitudes
+    for (int64_t d = 0; d < D; ++d) {
+        const uint32_t size = bits_of(row[d]) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+    }
+    return largest < 0x7f800000;
+}
+
 inline float widen(float value) { return value; }
 
 inline float widen(BFloat16 value) { return float_of((uint32_t)value.bits << 16); }

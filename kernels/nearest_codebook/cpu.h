@@ -47,21 +47,15 @@ struct UpdateCall {
     int32_t threads;
 };
 
-namespace generic {
-Outcome nearest_codebook(const NearestCall& call);
-void update_codebook(const UpdateCall& call);
-}
-namespace v2 {
-Outcome nearest_codebook(const NearestCall& call);
-void update_codebook(const UpdateCall& call);
-}
-namespace v3 {
-Outcome nearest_codebook(const NearestCall& call);
-void update_codebook(const UpdateCall& call);
-}
-namespace v4 {
-Outcome nearest_codebook(const NearestCall& call);
-void update_codebook(const UpdateCall& call);
-}
+#define FASTVID_ENTRIES(level)                           \
+    namespace level {                                    \
+    Outcome nearest_codebook(const NearestCall& call);   \
+    void update_codebook(const UpdateCall& call);        \
+    }
+FASTVID_ENTRIES(generic)
+FASTVID_ENTRIES(v2)
+FASTVID_ENTRIES(v3)
+FASTVID_ENTRIES(v4)
+#undef FASTVID_ENTRIES
 
 }  // namespace fastvid

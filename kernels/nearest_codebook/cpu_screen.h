@@ -2,6 +2,7 @@
 // whose distance has to be computed in full. README.md beside this file derives the bound.
 #pragma once
 
+#include "common/numbers.h"
 #include "common/simd.h"
 
 namespace fastvid::FASTVID_LEVEL {
@@ -30,16 +31,6 @@ struct Panel {
 };
 
 inline int64_t pairs_of(int64_t D) { return (D + 1) / 2; }
-
-inline bool finite_row(const float* row, int64_t D) {
-    uint32_t largest = 0;  // exponent and fraction: in the order of magnitudes
-    for (int64_t d = 0; d < D; ++d) {
-        uint32_t bits;
-        __builtin_memcpy(&bits, row + d, sizeof bits);
-        largest = (bits & 0x7fffffff) > largest ? bits & 0x7fffffff : largest;
-    }
-    return largest < 0x7f800000;
-}
 
 constexpr int64_t STRIP = 64;  // elements of a code that are moved at a time
 

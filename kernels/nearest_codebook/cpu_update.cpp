@@ -1,4 +1,5 @@
 // The moving average of a codebook, as reference.py defines it: one pass over the counts, then one over the codes.
+#include "common/numbers.h"
 #include "common/pool.h"
 #include "nearest_codebook/cpu.h"
 
@@ -14,12 +15,6 @@ struct Job {
     float total;   // of N, debiased
     int64_t next_code, codes_at_once;
 };
-
-bool finite_row(const float* row, int64_t D) {
-    float zero = 0;
-    for (int64_t d = 0; d < D; ++d) zero += row[d] * 0;
-    return zero == 0;
-}
 
 // From where it is a share of the way; near the end counted from there, so that a weight of 1 arrives.
 inline float towards(float from, float to, float weight) {

@@ -220,3 +220,13 @@ def test_the_public_signature_is_the_schemas(name):
     assert code.co_varnames[: code.co_argcount] == tuple(a.name for a in schema)
     assert (made.__wrapped__.__defaults__ or ()) == tuple(a.default_value for a in schema if a.has_default_value())
     assert made.__doc__ and "Raises:" in made.__doc__
+
+
+def test_the_dispatcher_knows_what_the_triton_kernels_cannot_do():
+    if torch.cuda.is_available():
+        pytest.skip("asked of tensors on the CPU, which the interpreter takes where there is no GPU")
+    codebook = rows(2, 4)
+    for x, e, told in [(rows(1, 4).expand(2**27 + 1, 4), codebook, "N up to"), (rows(1, 600), rows(2, 600), "D up to"),
+                       (rows(1, 1), rows(1, 1).expand(70000, 1), "K up to"),
+                       (rows(1, 4, dtype=torch.float64), codebook, "takes float32")]:  # fmt: skip
+        assert told in ops.nearest_codebook.reasons(x, e, backend="triton")["triton"]
