@@ -3,7 +3,7 @@
 Source: Walker, Razavi, van den Oord 2021, arXiv:2103.01950, section 3.2 and Tables 4, 7, 8.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -126,3 +126,4 @@ PRESETS = {
         embed=8, branch=8, window_layers=2, inner=8, blocks=1,
     ),
 }
+PRESETS["dino64-wavefront"] = replace(PRESETS["dino64"], stack=replace(PRESETS["dino64"].stack, wavefront=True))

@@ -21,7 +21,8 @@ from fastvid.train.run import Task, check_run
 from fastvid.train.tasks import BottomTask, TopTask, VQVAETask
 
 FRAMES = 16
-SIZES = {"paper": 256, "dino64": 64, "push64": 64, "tiny": 32}  # pixels, of each preset's square frames
+# pixels, of each preset's square frames
+SIZES = {"paper": 256, "dino64": 64, "dino64-wavefront": 64, "push64": 64, "tiny": 32}
 
 __all__ = [
     "BottomTask", "Latents", "Task", "TopTask", "TrainOptions", "TrainResult", "VQVAETask", "encode_windows",
