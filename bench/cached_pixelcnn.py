@@ -5,7 +5,8 @@ the horizontal stack one pixel at a time. What the method does not have is a pla
 and the condition's 1x1 are part of each row's and each pixel's own product, as a convolution over a cache has them.
 
 Each layer's share of a step is one matrix product over everything that it reads (taps, condition, vertical features),
-which is faster than one product per source. Views are made once per row. Attention is not part of the method.
+which is faster than one product per source. Views are made once per row. Attention, which the method does not know, has
+its keys and values cached, as transformers do.
 
 Source: Ramachandran et al. 2017, arXiv:1704.06001, read for a network with a time axis.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastvid import ops
 from fastvid.nn import GatedPixelStack
+from fastvid.nn.attention import coordinates
 from fastvid.sampling import Noise
 
 
@@ -24,7 +26,7 @@ def sample_cached(stack: GatedPixelStack, condition: Tensor, noise: Noise, tempe
     """Codes by caches alone: those of fastvid.sampling.sample_naive.
 
     condition: [B, T, H, W, condition_channels], floating; noise names B samples; temperature > 0.
-    Returns:   [B, T, H, W] int64. Raises ValueError for a stack with attention or active dropout.
+    Returns:   [B, T, H, W] int64. Raises ValueError for a stack with axial attention or active dropout.
     """
     cached = CachedPixelCNN(stack, condition)
     _, T, H, W, _ = condition.shape
@@ -38,11 +40,14 @@ def sample_cached(stack: GatedPixelStack, condition: Tensor, noise: Noise, tempe
 
 
 class CachedPixelCNN:
-    """Hidden states of every position so far. Call `row(t, y)`, then `pixel(x)` and `put(x, codes)` for every x."""
+    """Hidden states of every position so far. Call `row(t, y)`, then `pixel(x)` and `put(x, codes)` for every x.
+
+    Rows are taken in raster order, or again; `fill(codes)` stands for all the rows before one.
+    """
 
     def __init__(self, stack: GatedPixelStack, condition: Tensor):
-        if any(layer.attention is not None for layer in stack.layers):
-            raise ValueError("CachedPixelCNN: the method caches convolutions; the stack must have attention_every=0.")
+        if any(layer.attention is not None and layer.attention.axial for layer in stack.layers):
+            raise ValueError("CachedPixelCNN: axial attention is not cached; give a stack with wavefront=False.")
         if stack.training and stack.config.dropout:
             raise ValueError("CachedPixelCNN: the stack is in training mode, where dropout is active; call .eval().")
         B, T, H, W = condition.shape[:4]
@@ -77,6 +82,18 @@ class CachedPixelCNN:
         self.codes[:, self.t, self.y, x] = codes
         self.embedded_row[x].copy_(F.embedding(codes, self.stack.embed.weight))
 
+    def fill(self, codes: Tensor) -> Tensor:
+        """Take the hidden states of given codes from one run of the whole network. -> its logits [B, T, H, W, K]."""
+        r, (_, _, H, W) = self.radius, codes.shape
+        self.codes.copy_(codes)
+        self.embedded[:, :, r : r + H, r : r + W] = self.stack.embed(codes)
+        hooks = [own.watch(layer) for own, layer in zip(self.layers, self.stack.layers, strict=True)]
+        try:
+            return self.stack(codes, self.condition)
+        finally:
+            for hook in (hook for pair in hooks for hook in pair):
+                hook.remove()
+
     def _plane(self, channels: int) -> Tensor:
         # zero borders, so that no tap needs a bounds check
         B, T, H, W = self.condition.shape[:4]
@@ -91,6 +108,7 @@ class _CachedLayer:
         self.vertical = _Product(net, self.v_plane, layer.vertical, condition)
         self.horizontal = _Product(net, self.h_plane, layer.horizontal, condition, link)
         self.out_weight, self.out_bias = layer.out.weight.t(), layer.out.bias
+        self.attention = _CachedAttention(layer.attention, net.condition) if layer.attention else None
 
     def row(self, v: Tensor, t: int, y: int, condition: Tensor) -> Tensor:
         r, W = self.radius, v.shape[1]
@@ -98,11 +116,62 @@ class _CachedLayer:
         pre_v = self.vertical.whole_row(t, y, condition)  # [B, W, 2C]
         self.h_row = self.h_plane[:, t, y + r, r : r + W].unbind(1)
         self.horizontal.open_row(t, y, condition, pre_v)
+        if self.attention:
+            self.attention.open_row(t, y)
         return v + ops.gate(pre_v)
 
     def pixel(self, h: Tensor, x: int) -> Tensor:
         self.h_row[x].copy_(h)
-        return torch.addmm(self.out_bias, ops.gate(self.horizontal.pixel(x)), self.out_weight).add_(h)
+        h = torch.addmm(self.out_bias, ops.gate(self.horizontal.pixel(x)), self.out_weight).add_(h)
+        return h if self.attention is None else self.attention.pixel(h, x).add_(h)
+
+    def watch(self, layer) -> list:
+        """Hooks that keep what a run of the network hands to this layer and to its attention."""
+
+        def keep(_, inputs) -> None:
+            r, (_, _, H, W, _) = self.radius, inputs[0].shape
+            for plane, values in zip((self.v_plane, self.h_plane), inputs, strict=False):
+                plane[:, :, r : r + H, r : r + W] = values
+
+        hooks = [layer.register_forward_pre_hook(keep)]
+        if self.attention:
+            hooks.append(layer.attention.register_forward_pre_hook(lambda _, inputs: self.attention.fill(inputs[0])))
+        return hooks
+
+
+class _CachedAttention:
+    """Keys and values of every position so far."""
+
+    def __init__(self, attention, condition: Tensor):
+        B, T, H, W = condition.shape[:4]
+        C, A = attention.out.in_features, attention.heads
+        self.height, self.width, self.heads, self.scale = H, W, A, (C // A) ** -0.5
+        self.qkv = attention.qkv.weight.t()
+        self.out_weight, self.out_bias = attention.out.weight.t(), attention.out.bias
+        where = coordinates(T, H, W).to(condition).flatten(0, 2)  # [N, 3]
+        self.position = torch.addmm(attention.qkv.bias, where, attention.qkv_position.weight.t())  # [N, 3C]
+        self.keys = condition.new_zeros(B * A, C // A, T * H * W)  # so that scores run along memory
+        self.values = condition.new_zeros(B * A, T * H * W, C // A)
+
+    def open_row(self, t: int, y: int) -> None:
+        self.first = (t * self.height + y) * self.width
+
+    def pixel(self, h: Tensor, x: int) -> Tensor:
+        """What the position at column x attends to. [B, C] -> [B, C]."""
+        n, (B, C) = self.first + x, h.shape
+        qkv = torch.addmm(self.position[n], h, self.qkv)  # [B, 3C]
+        q, k, v = qkv.view(B, 3, self.heads, -1).transpose(0, 1).flatten(1, 2)  # [B A, E] each
+        self.keys[:, :, n], self.values[:, n] = k, v
+        scores = torch.bmm(q.unsqueeze(1), self.keys[:, :, : n + 1]).mul_(self.scale)  # [B A, 1, n + 1]
+        seen = torch.bmm(torch.softmax(scores, dim=2), self.values[:, : n + 1])  # [B A, 1, E]
+        return torch.addmm(self.out_bias, seen.view(B, C), self.out_weight)
+
+    def fill(self, h: Tensor) -> None:
+        """Keys and values of a whole grid. h: [B, T, H, W, C]."""
+        qkv = (h.flatten(1, 3) @ self.qkv + self.position).unflatten(2, (3, self.heads, -1))  # [B, N, 3, A, E]
+        _, k, v = (part.transpose(1, 2).flatten(0, 1) for part in qkv.unbind(2))  # [B A, N, E] each
+        self.keys.copy_(k.transpose(1, 2))
+        self.values.copy_(v)
 
 
 class _Product:

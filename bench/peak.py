@@ -2,8 +2,9 @@
 
 A floor divides the operations or bytes that a job cannot do without by such a rate. On a CPU the rate is that of bare
 multiply-adds in registers (peak.c): a library's matrix product may be slow on somebody else's processor. A job whose
-answer is a choice may be screened in int16, so its rate is that of int16 where that is faster. On a GPU it is the best
-of a few large bfloat16 matrix products for operations, and a copy within the device for bytes.
+answer is a choice may be screened in int16, so its rate is that of int16 where that is faster. Bytes that no cache can
+keep count at the rate of reading an array many times the size of the caches. On a GPU operations count at the rate of
+the best of a few large bfloat16 matrix products, bytes at that of a copy within the device.
 """
 
 import ctypes
@@ -15,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from timing import seconds_of
 
 SOURCE = Path(__file__).with_name("peak.c")
 STEPS = 2_000_000
 PRODUCT_SIZES = (512, 1024, 2048)
+READ_BYTES = 1 << 28  # a thread's part of what is read: 256 MiB, several times any cache
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 
 
@@ -34,13 +37,36 @@ def cpu_rate(threads: int, narrow: bool = False) -> tuple[float, str]:
     return max((max(_steps_rate(steps, threads) for _ in range(20)), what) for what, steps in kinds.items())
 
 
+def read_rate(threads: int) -> tuple[float, str]:
+    """Bytes a second that this many threads read from memory, each its own part, and what was measured."""
+    import torch
+
+    probe, parts = _probe(), [torch.ones(READ_BYTES // 4) for _ in range(threads)]
+    if probe is None:
+        return threads * READ_BYTES / min(_together([lambda: [part.sum() for part in parts]]) for _ in range(7)), "sums"
+    sinks = [ctypes.c_float() for _ in parts]
+    works = [
+        functools.partial(probe.read_all, part.data_ptr(), READ_BYTES, ctypes.byref(sink))
+        for part, sink in zip(parts, sinks, strict=True)
+    ]
+    return threads * READ_BYTES / min(_together(works) for _ in range(7)), "streaming reads"
+
+
 def floor(
-    operations: float, bytes_moved: float, device: str, threads: int, narrow: bool = False
+    operations: float, bytes_moved: float, device: str, threads: int, narrow: bool = False, streamed: bool = False
 ) -> tuple[float, str]:
-    """Seconds that a job cannot do without on this machine, and how they were counted."""
+    """Seconds that a job cannot do without on this machine, and how they were counted.
+
+    streamed: on a CPU the bytes count too, as those of a job that no cache can hold.
+    """
     if device == "cpu":
         rate, what = cpu_rate(threads, narrow)
-        return operations / rate, f"{operations / 1e9:.3g} G operations at {rate / 1e9:.3g} G/s of {what}"
+        least, told = operations / rate, f"{operations / 1e9:.3g} G operations at {rate / 1e9:.3g} G/s of {what}"
+        if not streamed:
+            return least, told
+        bandwidth, how = read_rate(threads)
+        told += f", {bytes_moved / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s of {how}"
+        return max(least, bytes_moved / bandwidth), told
     rate = max(_product_rate(device, size, "bfloat16") for size in (4096, 8192))
     bandwidth = _copy_rate(device)
     told = f"{operations / 1e9:.3g} G operations at {rate / 1e12:.3g} T/s of bfloat16 matrix product, "
@@ -61,18 +87,25 @@ def _probe() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(library))
     for steps in (loaded.fma_steps, loaded.madd_steps):
         steps.argtypes, steps.restype = (ctypes.c_long, ctypes.POINTER(ctypes.c_float)), ctypes.c_int
+    loaded.read_all.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.POINTER(ctypes.c_float))
+    loaded.read_all.restype = None
     return loaded
 
 
 def _steps_rate(steps: Callable, threads: int) -> float:
     operations = steps(1, ctypes.byref(ctypes.c_float())) * STEPS
-    crew = [threading.Thread(target=steps, args=(STEPS, ctypes.byref(ctypes.c_float()))) for _ in range(threads)]
+    return threads * operations / _together([lambda: steps(STEPS, ctypes.byref(ctypes.c_float()))] * threads)
+
+
+def _together(works: list[Callable[[], Any]]) -> float:
+    """Seconds until all are done, each in a thread of its own."""
+    crew = [threading.Thread(target=work) for work in works]
     start = time.perf_counter()
     for thread in crew:
         thread.start()
     for thread in crew:
         thread.join()
-    return threads * operations / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def _product_rate(device: str, size: int, dtype: str) -> float:

@@ -21,7 +21,10 @@ class Contestant:
 
     run:         called with the round's inputs, timed; None where it cannot run, `missing` then says why.
     scaled_from: units of work that one run does where the whole job has `whole`; times are scaled up to the job.
+    sampled:     which of the units a run does, in words.
+    others:      further parts of the job, each timed by itself and scaled by its own factor, after `run`.
     given:       seconds of a contestant that is a figure rather than a program.
+    passes:      how many sequential evaluations a run took, told from what it returned; scaled as its time is.
     """
 
     name: str
@@ -29,7 +32,16 @@ class Contestant:
     missing: str | None = None
     scaled_from: int | None = None
     whole: int | None = None
+    sampled: str = "spread over the grid"
+    others: tuple[tuple[Callable[[Any], Any], float], ...] = ()
     given: float | None = None
+    passes: Callable[[Any], float] | None = None
+
+    @property
+    def parts(self) -> tuple[tuple[Callable[[Any], Any], float], ...]:
+        """Everything that is timed, with the factor from its seconds to the job's."""
+        first = (self.run, self.whole / self.scaled_from if self.scaled_from else 1.0)
+        return (first, *self.others) if self.run else ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +53,16 @@ class Race:
     contestants: list[Contestant]
     floor: Callable[[], tuple[float, str]] | None = None  # least seconds on this machine, and how they were counted
     device: str = "cpu"
+    codes: int | None = None  # drawn by the whole job, where contestants tell their passes
 
 
 @dataclass
 class Times:
-    """Seconds of one contestant, one per round; the most bytes it held beyond those before it ran, and beyond those and
-    what it returned."""
+    """Seconds of one contestant, one per round, and its passes where it tells them; the most bytes it held beyond those
+    before it ran, and beyond those and what it returned."""
 
     seconds: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     extra_bytes: int | None = None
 
@@ -69,25 +83,40 @@ def run_race(race: Race, rounds: int, tell: Callable[[str], None] = lambda _: No
         inputs = race.inputs(number)
         for contestant in able:
             tell(f"{'memory' if number == 0 else f'round {number} of {rounds}'}: {contestant.name}")
-            work = functools.partial(contestant.run, inputs)
+            of = times[contestant.name]
             if number == 0:
-                held = times[contestant.name]
-                held.peak_bytes, held.extra_bytes = peak_growth(work, race.device)
+                works = [functools.partial(run, inputs) for run, _ in contestant.parts]
+                of.peak_bytes, of.extra_bytes = peak_growth(lambda works=works: [work() for work in works], race.device)
                 continue
-            seconds = seconds_of(work, race.device)
-            scale = contestant.whole / contestant.scaled_from if contestant.scaled_from else 1.0
-            times[contestant.name].seconds.append(seconds * scale)
+            _measure(contestant, inputs, race.device, of)
     return times
+
+
+def _measure(contestant: Contestant, inputs: Any, device: str, times: Times) -> None:
+    """One round of one contestant: the seconds of its parts, scaled and added up, and its passes."""
+    seconds, passes = 0.0, 0.0
+    for run, scale in contestant.parts:
+        spent, result = timed(functools.partial(run, inputs), device)
+        seconds += spent * scale
+        passes += contestant.passes(result) * scale if contestant.passes else 0.0
+    times.seconds.append(seconds)
+    if contestant.passes:
+        times.passes.append(passes)
 
 
 def seconds_of(work: Callable[[], Any], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, until the device has finished too."""
+    return timed(work, device)[0]
+
+
+def timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
+    """Wall-clock seconds of one call, until the device has finished too, and what it returned."""
     gc.collect()
     _wait(device)
     start = time.perf_counter()
-    work()
+    result = work()
     _wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def peak_growth(work: Callable[[], Any], device: str = "cpu") -> tuple[int | None, int | None]:

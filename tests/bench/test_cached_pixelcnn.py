@@ -18,6 +18,8 @@ CASES = {
     "2d": (replace(BASE, time_kernel=1), (2, 1, 6, 7)),
     "2d-kernel-5": (replace(BASE, time_kernel=1, kernel=5, layers=2), (2, 1, 6, 6)),
     "one-position": (BASE, (2, 1, 1, 1)),
+    "attention": (replace(BASE, attention_every=2, heads=2), (2, 3, 3, 4)),
+    "2d-attention": (replace(BASE, time_kernel=1, attention_every=4, heads=4), (1, 1, 5, 5)),
 }
 
 
@@ -58,9 +60,26 @@ def test_cached_logits_equal_the_forward(name):
     assert torch.equal(cached.codes, codes)
 
 
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_rows_after_a_fill_are_those_of_the_forward(name):
+    stack, condition = make(name)
+    codes = torch.randint(40, condition.shape[:-1])
+    _, T, H, W = codes.shape
+    cached, last = CachedPixelCNN(stack, condition), codes.clone()
+    last[:, -1, H // 2 :] = 0  # what a row does not see yet may be anything
+    torch.testing.assert_close(cached.fill(last), stack(last, condition), rtol=0, atol=1e-5)
+    forward = stack(codes, condition)
+    for _ in range(2):  # a row may be taken again
+        cached.row(T - 1, H // 2)
+        for x in range(W):
+            torch.testing.assert_close(cached.pixel(x), forward[:, T - 1, H // 2, x], rtol=0, atol=1e-5)
+            cached.put(x, codes[:, T - 1, H // 2, x])
+
+
 def test_refusals():
     condition = torch.randn(1, 1, 2, 2, 6)
-    with pytest.raises(ValueError, match="attention_every=0"):
-        CachedPixelCNN(GatedPixelStack(replace(BASE, attention_every=2, heads=2)), condition)
+    with pytest.raises(ValueError, match="axial"):
+        CachedPixelCNN(GatedPixelStack(replace(BASE, attention_every=2, heads=2, wavefront=True)), condition)
     with pytest.raises(ValueError, match="eval"):
         CachedPixelCNN(GatedPixelStack(replace(BASE, dropout=0.1)), condition)
