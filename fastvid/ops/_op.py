@@ -156,7 +156,7 @@ class Op:
         records gradients.
         """
         args = self._positional(args, kwargs)
-        return self._choose(args, backend or "").run
+        return self._recorded(args, backend or "").run
 
     def explain(self, *args, backend: str | None = None, **kwargs) -> str:
         """Which backend serves these arguments, and why each other one does not. One line each."""
@@ -186,10 +186,7 @@ class Op:
 
     def _run(self, *args, backend: str = ""):
         args = self._whole(args)
-        chosen, record = self._choose(args, backend), _record.get()
-        if record is not None:
-            record[self.name] = chosen.name
-        return self._in_schema_order(chosen.run(*args))
+        return self._in_schema_order(self._recorded(args, backend).run(*args))
 
     def _in_schema_order(self, outputs: tuple | None) -> tuple | None:
         if self.result is None:
@@ -201,6 +198,12 @@ class Op:
         if asked:
             return _names(asked, "backend=")
         return _names(_chosen.get(), "backend()") or _names(os.environ.get("FASTVID_BACKEND", ""), "FASTVID_BACKEND")
+
+    def _recorded(self, args: tuple, asked: str) -> Backend:
+        chosen, record = self._choose(args, asked), _record.get()
+        if record is not None:
+            record[self.name] = chosen.name
+        return chosen
 
     def _choose(self, args: tuple, asked: str) -> Backend:
         permitted = self._permitted(asked)

@@ -1,8 +1,21 @@
-"""Counter-based noise and categorical draws that do not depend on order, batch or window."""
+"""Counter-based noise, categorical draws, and the sampling of whole grids of codes from a gated PixelCNN."""
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from fastvid.kernels.pixelcnn_sampler import reference
+from fastvid.kernels.pixelcnn_sampler import packed, reference, session
+from fastvid.kernels.pixelcnn_sampler.packed import Packed, Taps
+from fastvid.kernels.pixelcnn_sampler.session import OPEN, Sampled
+from fastvid.ops._op import Backend, lazy, never, op, triton
+
+ORDERS = ("auto", "raster", "wavefront")
+TRITON = "pixelcnn_sampler.triton_gpu"
+# beyond this a position's weights come from memory, not from a cache, and half the bytes take half the time
+HALVED_ABOVE = 8 << 20
 
 
 def gumbel_row(seed: int, samples: Tensor, stream: int, t: int, y: int, width: int, classes: int) -> Tensor:
@@ -31,3 +44,128 @@ def draw(logits: Tensor, gumbel: Tensor, temperature: float = 1.0) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"draw: `temperature` must be positive, got {temperature}.")
     return reference.draw(logits, gumbel, temperature)
+
+
+def pack_pixelcnn(
+    state: dict[str, Tensor], taps: list[tuple], heads: int, wavefront: bool = False, weights: str = "auto"
+) -> Packed:
+    """A gated PixelCNN's tensors in the layout that every sampler reads.
+
+    state:     state dict of a fastvid.nn.GatedPixelStack, floating, on one device; widths are padded to 8 channels.
+    taps:      of its input vertical, input horizontal, vertical and horizontal convolutions, earlier frames' first.
+    heads:     of its attention. wavefront: as in GatedStackConfig.
+    weights:   "float32", "bfloat16", "int8" (a scale per output), or "auto": float32 where the weights that every code
+               needs take at most 8 MB, bfloat16 above.
+    Returns:   Packed(weights uint8 [bytes], table int64 [words] on the CPU).
+    Raises:    ValueError for other weights or for taps that look ahead.
+    """
+    groups = Taps(*map(tuple, taps))
+    if any(tap >= (0, 0, 0) for tap in (*groups.input_vertical, *groups.input_horizontal)):
+        raise ValueError("pack_pixelcnn: an input convolution sees its own code or a later one; check its `taps`.")
+    if any(tap > (0, 0, 0) for tap in groups.horizontal) or any(tap[:2] > (0, 0) for tap in groups.vertical):
+        raise ValueError("pack_pixelcnn: a layer's convolution looks ahead; check its `taps`.")
+    if weights == "auto":
+        weights = "bfloat16" if packed.position_bytes(state, groups) > HALVED_ABOVE else "float32"
+    return packed.pack(state, groups, heads, wavefront, weights)
+
+
+def _fake(weights: Tensor, table: Tensor, condition: Tensor, *_) -> tuple[Tensor, ...]:
+    new, grid = condition.new_empty, condition.shape[:4]
+    return new(grid), new(grid), new(grid, dtype=torch.int64), new(grid[:3], dtype=torch.int64)
+
+
+def _by(make_session: Callable) -> Callable[..., tuple[Tensor, ...]]:
+    return functools.partial(session.run, make_session)
+
+
+def _native_backends() -> list[Backend]:
+    found = []
+    if importlib.util.find_spec("fastvid.ops._cuda_sampler"):
+        from fastvid.ops import _cuda_sampler
+
+        found += [Backend("cuda", _by(_cuda_sampler.Session), _cuda_sampler.why_not, _cuda_sampler.unasked)]
+    if importlib.util.find_spec(f"fastvid.kernels.{TRITON}"):
+        run = triton(TRITON, "Session", lazy(TRITON, "why_not"))
+        found += [Backend("triton", _by(run.run), run.why_not, run.unasked)]
+    if importlib.util.find_spec("fastvid.ops._cpu_sampler"):
+        from fastvid.ops import _cpu_sampler
+
+        found += [Backend("cpu", _by(_cpu_sampler.Session), _cpu_sampler.why_not)]
+    return found
+
+
+@op(
+    "(Tensor weights, Tensor table, Tensor condition, Tensor samples, int seed=0, int stream=0, int first_step=0,"
+    " float temperature=1.0, int window=0, str order='auto', Tensor? given=None, Tensor? draft=None)"
+    " -> (Tensor logprob, Tensor margin, Tensor codes, Tensor passes)",
+    backends=[*_native_backends(), Backend("reference", _by(reference.Session), never)],
+    fake=_fake,
+    result=Sampled,
+)
+def pixelcnn_sample(
+    weights: Tensor, table: Tensor, condition: Tensor, samples: Tensor, seed: int = 0, stream: int = 0,
+    first_step: int = 0, temperature: float = 1.0, window: int = 0, order: str = "auto", given: Tensor | None = None,
+    draft: Tensor | None = None,
+) -> Sampled:  # fmt: skip
+    """A grid of codes drawn one after the other from a packed gated PixelCNN, caches and noise included.
+
+    weights, table: of `pack_pixelcnn`, the weights on the device of the condition.
+    condition:   [B, T, H, W, condition_channels] float32. samples: [B] int64 in [0, 2^32), an identity for each sample.
+    seed, stream, first_step: with sample and position they decide the noise, as in `gumbel_row`; t counts from
+                 first_step.
+    temperature: > 0. The code drawn is the best of logit / temperature + noise, the lowest index on ties.
+    window:      codes of a row that are evaluated at once and drawn again until they agree; 1 is one by one, 0 leaves
+                 it to the backend. order: "raster", "wavefront" (along anti-diagonals; for models packed as such) or
+                 "auto". draft [B, T, H, W] int64: first guess of the codes, for windows. All three are about speed:
+                 what is drawn depends on none of them, nor on the other samples or the number of threads.
+    given:       [B, T, H, W] int64: codes that stand, and -1 where one is to be drawn.
+    Returns:     Sampled(logprob [B, T, H, W], margin [B, T, H, W], codes [B, T, H, W] int64, passes [B, T, H] int64):
+                 the log-probability in nats of each code at temperature 1; by how much the best score beat the second
+                 (infinity for given codes); how often each row's networks were evaluated, or for a wavefront, in the
+                 first entry of a frame, the number of its steps.
+    Raises:      ValueError for shapes, dtypes or devices that do not fit, codes outside [0, K), a temperature that is
+                 not positive, an unknown order, or a wavefront of a model that has none.
+    Source:      Ramachandran et al. 2017, arXiv:1704.06001 (caches); Song et al. 2021, arXiv:2002.03629, and Wiggers
+                 and Hoogeboom 2020, arXiv:2002.09928 (windows).
+    """
+    known = packed.Table(table)
+    if weights.dtype != torch.uint8 or weights.device != condition.device:
+        raise ValueError(
+            f"pixelcnn_sample: `weights` must be the packed bytes on the condition's device {condition.device}, got "
+            f"{weights.dtype} on {weights.device}; pack the model there."
+        )
+    if condition.ndim != 5 or condition.dtype != torch.float32 or condition.shape[-1] != known.condition_channels:
+        raise ValueError(
+            f"pixelcnn_sample: `condition` must be [B, T, H, W, {known.condition_channels}] float32, got "
+            f"{list(condition.shape)} {condition.dtype}."
+        )
+    if samples.shape != condition.shape[:1] or samples.dtype != torch.int64:
+        raise ValueError(
+            f"pixelcnn_sample: `samples` must be [{len(condition)}] int64, got {list(samples.shape)} {samples.dtype}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"pixelcnn_sample: `temperature` must be positive, got {temperature}.")
+    if window < 0 or order not in ORDERS:
+        raise ValueError(
+            f"pixelcnn_sample: `window` must be at least 0 and `order` one of {', '.join(ORDERS)}, got {window} and "
+            f"{order!r}."
+        )
+    if order == "wavefront" and not known.wavefront:
+        raise ValueError("pixelcnn_sample: this model sees too much for a wavefront; train one with wavefront=True.")
+    _check_codes("given", given, condition, known.codes)
+    _check_codes("draft", draft, condition, known.codes)
+
+
+def _check_codes(name: str, codes: Tensor | None, condition: Tensor, classes: int) -> None:
+    if codes is None:
+        return
+    if codes.shape != condition.shape[:4] or codes.dtype != torch.int64 or codes.device != condition.device:
+        raise ValueError(
+            f"pixelcnn_sample: `{name}` must be {list(condition.shape[:4])} int64 on {condition.device}, got "
+            f"{list(codes.shape)} {codes.dtype} on {codes.device}."
+        )
+    if codes.numel() and not OPEN <= int(codes.min()) <= int(codes.max()) < classes:
+        raise ValueError(
+            f"pixelcnn_sample: `{name}` must lie in [0, {classes}), -1 where open, got {int(codes.min())} to "
+            f"{int(codes.max())}."
+        )

@@ -109,12 +109,12 @@ def pack(state: dict[str, Tensor], taps: Taps, heads: int, wavefront: bool, weig
     return _Writer(state, taps, heads, wavefront, weights).finish()
 
 
-def position_bytes(table: Table, bytes_per_weight: int = 4) -> int:
-    """Bytes of weights that every single code needs: present horizontal taps, 1x1s, attention, head."""
-    C, D = table.width, table.attention_width
-    attending = sum(table.layer(i)["qkv"] != ABSENT for i in range(table.layers))
-    layers = table.layers * (table.horizontal_now * 2 + 1) * C * C + attending * 4 * C * D
-    return bytes_per_weight * (layers + C * C + C * table.codes)
+def position_bytes(state: dict[str, Tensor], taps: Taps) -> int:
+    """Bytes of float32 weights that every single code needs: present horizontal taps, 1x1s, attention, head."""
+    share = sum(map(_now, taps.horizontal)) / max(1, len(taps.horizontal))
+    horizontal = sum(p.numel() for name, p in state.items() if name.endswith(".horizontal.weight"))
+    endings = (".out.weight", ".qkv.weight", "head.1.weight", "head.3.weight")
+    return int(4 * (share * horizontal + sum(p.numel() for name, p in state.items() if name.endswith(endings))))
 
 
 @dataclass

@@ -180,7 +180,9 @@ class _Lookups:
 class _Conv:
     """One causal convolution over a cached plane: the taps of earlier frames apart from those of the present one."""
 
-    def __init__(self, past: Tensor | None, now: Tensor, bias: Tensor, taps: tuple[Tap, ...], plane: Tensor, grid: _Grid):
+    def __init__(
+        self, past: Tensor | None, now: Tensor, bias: Tensor, taps: tuple[Tap, ...], plane: Tensor, grid: _Grid
+    ):
         self.grid, self.plane, self.bias = grid, plane, bias
         self.past_taps = [tap for tap in taps if tap[0] < 0]
         self.present_taps = [tap for tap in taps if tap[0] == 0]

@@ -1,0 +1,26 @@
+"""Which random numbers a sample draws."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastvid import ops
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which random numbers a batch of samples draws: a pure function of these fields and the position.
+
+    seed: 64-bit. samples: one identity per batch row. stream: which grid. first_step: latent time of the grid's t = 0.
+    """
+
+    seed: int
+    samples: tuple[int, ...]
+    stream: int = 0
+    first_step: int = 0
+
+    def row(self, t: int, y: int, width: int, classes: int, device: torch.device) -> Tensor:
+        """Gumbel noise of one row of codes. -> [B, W, K] float32."""
+        samples = torch.tensor(self.samples, device=device)
+        return ops.gumbel_row(self.seed, samples, self.stream, self.first_step + t, y, width, classes)
