@@ -13,7 +13,7 @@ from fastvid import ops
 from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
-ROOMS = ("nearest_codebook",)  # rooms whose ops have backends to choose from
+ROOMS = ("nearest_codebook", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
 
 
 def subjects() -> list[Subject]:

@@ -35,7 +35,7 @@ class Job:
     """The arguments of fastvid.ops.pixelcnn_sample, and room for its results, which sessions write in place.
 
     codes [B, T, H, W] int64 starts as `given`, OPEN where a code is to be drawn; logprob and margin [B, T, H, W]
-    float32; passes [B, T, H] int64, zeros.
+    float32; passes [B, T, H] int64, zeros. Inputs and results are contiguous.
     """
 
     packed: Packed
@@ -56,10 +56,13 @@ class Job:
     passes: Tensor = field(init=False)
 
     def __post_init__(self):
-        self.table = Table(self.packed.table)
+        self.table, self.condition = Table(self.packed.table), self.condition.contiguous()
+        self.draft = None if self.draft is None else self.draft.contiguous()
         grid = self.condition.shape[:4]
         new = self.condition.new_empty
-        self.codes = new(grid, dtype=torch.int64).fill_(OPEN) if self.given is None else self.given.clone().contiguous()
+        self.codes = new(grid, dtype=torch.int64).fill_(OPEN) if self.given is None else self.given.clone(
+            memory_format=torch.contiguous_format
+        )
         self.logprob, self.margin = new(grid), new(grid)
         self.passes = new(grid[:3], dtype=torch.int64).zero_()
 
