@@ -1,6 +1,6 @@
 """The models' sizes as published, every latent shape, gradients, and the window of the bottom prior."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -42,6 +42,17 @@ def test_latent_shapes(name):
         window = torch.zeros(2, 4, fine, fine, dtype=torch.int64)
         index, tops = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4, coarse, coarse, dtype=torch.int64)
         assert bottom(window[:, 0], index, tops, window).shape == (2, fine, fine, K)
+
+
+@pytest.mark.parametrize("kind", ["top", "bottom"])
+def test_the_wavefront_preset_has_the_same_sizes(kind):
+    config, twin = models.preset(kind, "dino64-wavefront"), models.preset(kind, "dino64")
+    assert config.stack.wavefront and replace(config, stack=replace(config.stack, wavefront=False)) == twin
+    model = models.build(kind, asdict(config))  # as from a saved config
+    assert model.stack.config.wavefront and all(layer.attention is None or layer.attention.axial
+                                                for layer in model.stack.layers)
+    older = {name: value for name, value in asdict(twin.stack).items() if name != "wavefront"}
+    assert models.build(kind, asdict(twin) | {"stack": older}).config == twin  # configs saved before there was a choice
 
 
 @pytest.mark.parametrize("size", [(16, 32, 32), (4, 32, 32), (8, 16, 40)])
