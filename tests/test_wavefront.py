@@ -7,7 +7,8 @@ import torch
 
 from fastvid import ops
 from fastvid.nn import GatedPixelStack, GatedStackConfig
-from fastvid.sampling import Noise, sample_naive
+from fastvid.ops._op import SERVES
+from fastvid.sampling import Noise, pack_stack, sample_grid, sample_naive
 
 BASE = GatedStackConfig(codes=40, channels=16, layers=4, kernel=3, time_kernel=3, condition_channels=6,
                         attention_every=2, heads=2, wavefront=True)
@@ -22,6 +23,18 @@ CASES = {
     "one-row": (replace(BASE, time_kernel=1), (1, 1, 1, 6)),
     "one-column": (replace(BASE, time_kernel=1), (1, 1, 6, 1)),
 }
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each sampler, where this machine has it."""
+    stack, condition, _ = make("one-row")
+    told = ops.pixelcnn_sample.reasons(
+        *pack_stack(stack), condition, torch.zeros(1, dtype=torch.int64), backend=request.param
+    )
+    if told.get(request.param) != SERVES:
+        pytest.skip(f"{request.param}: {told.get(request.param, 'not built')}")
+    return request.param
 
 
 def sharp(config):
@@ -97,3 +110,46 @@ def test_every_position_has_a_step_after_all_that_it_sees():
         for y, x in step:
             seen = [(v, u) for v, u in step if v == y and u < x or v < y and u <= x + r]
             assert all(step[place] < step[y, x] for place in seen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samplers_draw_the_naive_codes_in_either_order(name, backend):
+    stack, condition, noise = make(name)
+    naive = sample_naive(stack, condition, noise)
+    raster = sample_grid(stack, condition, noise, order="raster", window=1, backend=backend)
+    assert raster.near_ties() == 0, "another seed is needed: here either code would be right"
+    for order in ("wavefront", "auto"):
+        waves = sample_grid(stack, condition, noise, order=order, backend=backend)
+        assert torch.equal(raster.codes, naive) and torch.equal(waves.codes, naive)
+        torch.testing.assert_close(waves.logprob, raster.logprob, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wave_takes_the_steps_that_it_promises(name, backend):
+    if backend == "reference":
+        pytest.skip("the reference draws every order row by row")
+    stack, condition, noise = make(name)
+    _, T, H, W = condition.shape[:4]
+    passes = sample_grid(stack, condition, noise, order="wavefront", backend=backend).passes  # [B, T, H]
+    assert (passes[:, :, 0] == W + (1 + stack.config.kernel // 2) * (H - 1)).all() and (passes[:, :, 1:] == 0).all()
+    assert (sample_grid(stack, condition, noise, order="raster", window=1, backend=backend).passes == W).all()
+
+
+@pytest.mark.parametrize("name", ["3d", "2d", "2d-kernel-5"])
+def test_given_codes_stand_in_a_wave(name, backend):
+    stack, condition, noise = make(name)
+    given = torch.randint(stack.config.codes, condition.shape[:4])
+    given[torch.rand(given.shape) < 0.6] = -1
+    raster, waves = (
+        sample_grid(stack, condition, noise, order=order, given=given, backend=backend)
+        for order in ("raster", "wavefront")
+    )
+    assert torch.equal(waves.codes, raster.codes) and torch.equal(waves.codes[given >= 0], given[given >= 0])
+    assert (waves.margin[given >= 0] == torch.inf).all() and waves.margin[given < 0].isfinite().all()
+
+
+def test_a_full_raster_model_has_no_wavefront():
+    config, _ = CASES["3d"]
+    _, condition, noise = make("3d")
+    with pytest.raises(ValueError, match="wavefront"):
+        sample_grid(sharp(replace(config, wavefront=False)), condition, noise, order="wavefront")
