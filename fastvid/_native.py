@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 3  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 4  # raised together with kernels/common/abi.cpp whenever a signature below changes
 
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
@@ -35,6 +35,11 @@ SIGNATURES = {
              # steps, dead_below, restart, restart_size, threads
              POINTER, FLOAT, POINTER, FLOAT, INT),
         ),
+        # a SamplerJob of kernels/pixelcnn_sampler/cpu.h; t, y
+        "fastvid_sampler_bytes": (SIZE, (POINTER,)),
+        "fastvid_sampler_start": (INT, (POINTER,)),
+        "fastvid_sampler_row": (INT, (POINTER, SIZE, SIZE)),
+        "fastvid_sampler_frame": (INT, (POINTER, SIZE)),
     },
 }  # fmt: skip
 

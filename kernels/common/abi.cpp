@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "nearest_codebook/cpu.h"
+#include "pixelcnn_sampler/cpu.h"
 
 #define FASTVID_API extern "C" __attribute__((visibility("default")))
 
@@ -12,15 +13,21 @@ struct Level {
     const char* name;
     fastvid::Outcome (*nearest_codebook)(const fastvid::NearestCall&);
     void (*update_codebook)(const fastvid::UpdateCall&);
+    int64_t (*sampler_bytes)(const fastvid::SamplerJob&);
+    fastvid::Outcome (*sampler_start)(const fastvid::SamplerJob&);
+    fastvid::Outcome (*sampler_row)(const fastvid::SamplerJob&, int64_t, int64_t);
+    fastvid::Outcome (*sampler_frame)(const fastvid::SamplerJob&, int64_t);
 };
+
+#define FASTVID_LEVEL_ENTRIES(level)                                                                             \
+    {#level, fastvid::level::nearest_codebook, fastvid::level::update_codebook, fastvid::level::sampler_bytes,   \
+     fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
-    {"generic", fastvid::generic::nearest_codebook, fastvid::generic::update_codebook},
+    FASTVID_LEVEL_ENTRIES(generic),
 #if defined(FASTVID_HAS_X86_LEVELS)
-    {"v2", fastvid::v2::nearest_codebook, fastvid::v2::update_codebook},
-    {"v3", fastvid::v3::nearest_codebook, fastvid::v3::update_codebook},
-    {"v4", fastvid::v4::nearest_codebook, fastvid::v4::update_codebook},
+    FASTVID_LEVEL_ENTRIES(v2), FASTVID_LEVEL_ENTRIES(v3), FASTVID_LEVEL_ENTRIES(v4),
 #endif
 };
 
@@ -45,7 +52,7 @@ std::atomic<const Level*> chosen{&levels[processor_rank()]};
 }  // namespace
 
 // Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 3; }
+FASTVID_API int fastvid_abi_version(void) { return 4; }
 
 // The instruction set level in use: "generic", "v2", "v3" or "v4".
 FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
@@ -87,4 +94,17 @@ FASTVID_API int fastvid_update_codebook(float* codebook, float* cluster_size, fl
     chosen.load()->update_codebook({codebook, cluster_size, cluster_sum, counts, sums, K, D, decay, eps, steps,
                                     dead_below, restart, restart_size, threads});
     return fastvid::DONE;
+}
+
+// See pixelcnn_sampler/cpu.h for a job and for what these do. Bytes of state, or -1 for a job that makes no sense.
+FASTVID_API int64_t fastvid_sampler_bytes(const fastvid::SamplerJob* job) { return chosen.load()->sampler_bytes(*job); }
+
+FASTVID_API int fastvid_sampler_start(const fastvid::SamplerJob* job) { return chosen.load()->sampler_start(*job); }
+
+FASTVID_API int fastvid_sampler_row(const fastvid::SamplerJob* job, int64_t t, int64_t y) {
+    return chosen.load()->sampler_row(*job, t, y);
+}
+
+FASTVID_API int fastvid_sampler_frame(const fastvid::SamplerJob* job, int64_t t) {
+    return chosen.load()->sampler_frame(*job, t);
 }
