@@ -13,7 +13,8 @@ import stat
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,12 +87,12 @@ def load_parts(path: str | Path, verify: bool = True) -> tuple[dict[str, dict[st
     folder = _readable(Path(path).resolve())
     manifest = _read_manifest(folder)
     for name, entry in manifest["files"].items():
-        _check_file(folder / name, entry, verify, manifest["tensors"].get(name.removesuffix(".safetensors"), {}))
-    config = _read_json(folder / "config.json")
-    parts = {
-        part: _read_part(folder / f"{part}.safetensors", entries, verify)
-        for part, entries in manifest["tensors"].items()
-    }
+        _check_size(folder / name, entry)
+    config = _read_config(folder, manifest, verify)
+    parts = {}
+    for part, entries in manifest["tensors"].items():
+        file = folder / f"{part}.safetensors"
+        parts[part] = _read_part(file, manifest["files"][file.name], entries, verify)
     return parts, config
 
 
@@ -102,8 +103,7 @@ def read_config(path: str | Path) -> dict:
     Raises: CheckpointError if the manifest or the config is missing or damaged.
     """
     folder = _readable(Path(path).resolve())
-    _check_file(folder / "config.json", _read_manifest(folder)["files"]["config.json"], True, {})
-    return _read_json(folder / "config.json")
+    return _read_config(folder, _read_manifest(folder), verify=True)
 
 
 def has_folder(path: str | Path) -> bool:
@@ -124,7 +124,8 @@ def manifest_hash(path: str | Path) -> str:
     Raises: CheckpointError if there is no readable manifest.
     """
     folder = _readable(Path(path).resolve())
-    return _digest(_json_bytes(_read_manifest(folder)))
+    _read_manifest(folder)
+    return _digest(_json_data(folder / "manifest.json"))
 
 
 # ---- writing
@@ -216,15 +217,14 @@ def _readable(path: Path) -> Path:
 
 def _read_manifest(folder: Path) -> dict:
     file = folder / "manifest.json"
-    manifest = _read_json(file)
+    data = _json_data(file)
+    manifest = _parsed(file, data)
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     if body.get("format") != FORMAT and isinstance(body.get("format"), int):
         raise CheckpointError(f"{file}: format {body['format']} is not {FORMAT}; it needs another fastvid version.")
-    try:
-        whole = manifest.get("sha256") == _digest(_json_bytes(body)) and _json_bytes(manifest) == file.read_bytes()
-    except (ValueError, OSError, RecursionError):
-        whole = False
-    if not whole:
+    # the body's bytes are those of the file without one line: to write the body out again would take far longer
+    claimed = manifest.get("sha256")
+    if _digest(data.replace(f' "sha256": "{claimed}",\n'.encode(), b"", 1)) != claimed:
         raise CheckpointError(f"{file}: damaged: it does not match its own sha256; fetch or train the model again.")
     _check_manifest(file, body)
     return manifest
@@ -249,36 +249,47 @@ def _is_entry(entry: object, **fields: type) -> bool:
     )
 
 
-def _check_file(file: Path, entry: dict, verify: bool, tensors: dict[str, dict]) -> None:
+def _read_config(folder: Path, manifest: dict, verify: bool) -> dict:
+    file = folder / "config.json"
+    entry = manifest["files"][file.name]
+    _check_size(file, entry)
+    data = _json_data(file)
+    if verify and _digest(data) != entry["sha256"]:
+        raise _damaged(file, "it does")
+    return _parsed(file, data)
+
+
+def _check_size(file: Path, entry: dict) -> None:
     size = _regular_size(file)
     if size != entry["bytes"]:
         raise CheckpointError(f"{file}: has {size} bytes, its manifest says {entry['bytes']}; it was cut or changed.")
-    if verify and _file_digest(file) != entry["sha256"]:
-        culprit = next((name for name, e in tensors.items() if not _tensor_is_whole(file, name, e)), None)
-        where = f"tensor {culprit!r} does" if culprit is not None else "it does"
-        raise CheckpointError(f"{file}: damaged: {where} not match its sha256; fetch or train the model again.")
 
 
-def _tensor_is_whole(file: Path, name: str, entry: dict) -> bool:
+def _damaged(file: Path, culprit: str) -> CheckpointError:
+    return CheckpointError(f"{file}: damaged: {culprit} not match its sha256; fetch or train the model again.")
+
+
+def _read_part(file: Path, entry: dict, entries: dict[str, dict], verify: bool) -> dict[str, Tensor]:
     try:
-        with safe_open(file, framework="pt") as reader:
-            return _tensor_digest(reader.get_tensor(name)) == entry["sha256"]
-    except READ_ERRORS:
-        return False
-
-
-def _read_part(file: Path, entries: dict[str, dict], verify: bool) -> dict[str, Tensor]:
+        # read, not mapped: what is hashed here is what the model gets, whatever becomes of the file meanwhile
+        data = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
+    whole = not verify or _digest(data) == entry["sha256"]
     try:
-        with safe_open(file, framework="pt") as reader:
-            names = set(reader.keys())
-            # copies: a mapped file that somebody rewrites in place would change the weights under a running model
-            tensors = {name: reader.get_tensor(name).clone() for name in entries if name in names}
+        tensors = parse_tensors(data)
     except READ_ERRORS as error:
+        if not whole:
+            raise _damaged(file, "it does") from error
         raise CheckpointError(f"{file}: is not a readable safetensors file: {error}.") from error
-    for name in sorted(names ^ set(entries)):
-        raise CheckpointError(f"{file}: tensor {name!r} is {'not in the manifest' if name in names else 'missing'}.")
-    for name, entry in entries.items():
-        _check_tensor(file, name, tensors[name], entry, verify)
+    if not whole:
+        known = (name for name in entries if name in tensors)
+        culprit = next((name for name in known if _tensor_digest(tensors[name]) != entries[name]["sha256"]), None)
+        raise _damaged(file, "it does" if culprit is None else f"tensor {culprit!r} does")
+    for name in sorted(set(tensors) ^ set(entries)):
+        raise CheckpointError(f"{file}: tensor {name!r} is {'not in the manifest' if name in tensors else 'missing'}.")
+    for name, tensor_entry in entries.items():
+        _check_tensor(file, name, tensors[name], tensor_entry, verify)
     return tensors
 
 
@@ -294,12 +305,19 @@ def _check_tensor(file: Path, name: str, tensor: Tensor, entry: dict, verify: bo
         raise CheckpointError(f"{file}: tensor {name!r} does not match its sha256.")
 
 
-def _read_json(file: Path) -> dict:
+def _json_data(file: Path) -> bytes:
     if _regular_size(file) > JSON_LIMIT:
         raise CheckpointError(f"{file}: is larger than {JSON_LIMIT} bytes, which no {file.name} is.")
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def _parsed(file: Path, data: bytes) -> dict:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: wanted a JSON object, got a {type(value).__name__}.")

@@ -24,7 +24,7 @@ class Predict:
     model: str = "dino64"
     """A model of `fastvid models`, or a model folder."""
     frames: int = 12
-    """Frames to predict; beyond 12 the model goes on over its own output."""
+    """Frames to predict; beyond 12 the model goes on over its own output, in memory that does not grow."""
     samples: int = 1
     """Different futures per clip."""
     seed: int = 0
@@ -36,14 +36,20 @@ class Predict:
     ones. By default the last four frames are given."""
     out: Annotated[Path, arg(aliases=["-o"])] = Path("predictions")
     """Folder for CLIP_sample0.mp4, CLIP_contact.png, CLIP.json."""
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """How the priors' weights are stored while they draw: bfloat16 and int8 are smaller and draw from a slightly
+    different model; how different is printed. auto is float32 for small models, bfloat16 for large ones."""
+    device: Literal["cpu", "cuda"] | None = None
+    """By default the GPU, where there is one."""
 
     def run(self) -> None:
         """Predict and write. Raises FastvidError."""
         from fastvid.predict import predict_clips
 
         predict_clips(
-            self.clips, self.model, self.frames, self.samples, self.seed, self.temperature, self.out, self.start
-        )
+            self.clips, self.model, self.frames, self.samples, self.seed, self.temperature, self.out, self.start,
+            weights=self.weights, device=self.device,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Clips in; out come the predicted videos, a contact sheet and a report for each."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,36 +19,12 @@ from tqdm import tqdm
 
 from fastvid import __version__, ops
 from fastvid.checkpoint import manifest_hash
-from fastvid.data.clips import natural_key
-from fastvid.data.sheet import contact_sheet, write_png
-from fastvid.data.video import (
-    VIDEO_SUFFIXES,
-    count_frames,
-    fit_frames,
-    frame_hash,
-    probe_video,
-    read_video,
-    write_video,
-)
+from fastvid.data.sheet import COLUMNS, ROWS, contact_sheet, write_png
+from fastvid.data.source import SourceClip, find_clips, read_clip
+from fastvid.data.video import FrameHash, VideoWriter
 from fastvid.errors import UsageError, VideoError
-from fastvid.models import Prediction, VideoPredictor, load
-from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE, model_folder
-
-SHEET_ROWS, SHEET_COLUMNS = 32, 64  # a sheet stays a picture that viewers can open
-SLOWEST, FASTEST, USUAL_FPS = 0.01, 1000.0, 25.0  # frames a second that a video can be written with
-
-
-@dataclass(frozen=True)
-class SourceClip:
-    """One clip, fitted to the model: given [4, H, W, 3] and, where known, what came next [<= n, H, W, 3], uint8."""
-
-    path: Path
-    name: str  # of its files in the output folder
-    given: Tensor
-    truth: Tensor
-    first: int  # number of the first given frame
-    fps: float
-    notes: tuple[str, ...]
+from fastvid.models import Stages, Stretch, VideoPredictor, frame_size, load
+from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE, WEIGHTS, model_folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +35,8 @@ class _Request:
     seed: int
     temperature: float
     start: int | None
+    weights: str
+    device: str
 
     def __post_init__(self):
         for name in ("frames", "samples"):
@@ -68,86 +48,53 @@ class _Request:
             raise UsageError(f"--seed must lie in [0, 2^63), got {self.seed}.")
         if self.start is not None and self.start < 0:
             raise UsageError(f"--start must be at least 0, got {self.start}.")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}.")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device must be cpu or cuda, got {self.device!r}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: torch finds no GPU here; use --device cpu.")
+
+    @property
+    def judged(self) -> bool:
+        """Whether the codes of smaller weights are to be judged by float32 ones."""
+        return self.weights in ("bfloat16", "int8")
 
 
 def predict_clips(
     paths: list[str | Path], model: str | Path = "dino64", frames: int = 12, samples: int = 1, seed: int = 0,
-    temperature: float = 1.0, out: str | Path = "predictions", start: int | None = None,
+    temperature: float = 1.0, out: str | Path = "predictions", start: int | None = None, *, weights: str = "auto",
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the next frames of clips and write them to a folder; prints a line or two per clip.
 
     paths:   video files, or folders of them. model: a shipped name or a model folder.
-    frames:  to predict. samples: futures per clip. seed, temperature: as in VideoPredictor.predict.
+    frames:  to predict, in memory that does not grow with them. samples: futures per clip.
+    seed, temperature, weights: as in VideoPredictor.predict. Weights asked for as bfloat16 or int8 are compared with
+             float32: the mean drift of the drawn codes' log-probabilities is printed and reported.
     out:     gets <clip>_sample<k>.mp4 (4 given and `frames` predicted frames at the clip's own rate),
              <clip>_contact.png and <clip>.json for each clip; a clip's files appear once all of them are whole.
     start:   number of the first given frame; None gives the clip's last 4. With it, the true next frames stand in the
              contact sheet's first row as far as the clip holds them.
-    Returns: the reports, one per clip, as in the JSON files. The same seed gives the same frames, alone or in company.
+    device:  "cpu" or "cuda"; None takes the GPU where there is one.
+    Returns: the reports, one per clip, as in the JSON files. On one kind of machine the same seed gives the same
+             frames, alone or in company.
     Raises:  UsageError, VideoError or CheckpointError, before anything is predicted; VideoError later where the disk
              refuses.
     """
-    request = _Request(str(model), frames, samples, seed, temperature, start)
-    found = find_clips(paths)
-    for path in found:
-        probe_video(path)  # refuse a bad clip before the weights are loaded
-    predictor = load(model)
-    clips = [read_clip(path, name, predictor.size, frames, start) for path, name in _named(found).items()]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    request = _Request(str(model), frames, samples, seed, temperature, start, weights, device)
+    found = _named(find_clips(paths))
+    size = frame_size(model)  # a bad clip is refused before the weights are loaded
+    clips = [read_clip(path, name, size, frames, start) for path, name in found.items()]
+    predictor, identity = load(model).to(device), manifest_hash(model_folder(model))
     out = _prepare(Path(out), clips, samples)
     for clip in clips:
         for note in clip.notes:
             print(f"{clip.path}: {note}")
     together = max(1, ROWS_AT_ONCE // samples)
     groups = [clips[i : i + together] for i in range(0, len(clips), together)]
-    return [report for group in groups for report in _predict_group(predictor, group, request, out)]
-
-
-def find_clips(paths: list[str | Path]) -> list[Path]:
-    """The video files that paths name; a folder stands for those in it, in natural order, a file is listed once.
-
-    paths:   files or folders.
-    Returns: at least one path; that a file holds video has not been looked at.
-    Raises:  UsageError for no paths, VideoError for a missing one or a folder without clips.
-    """
-    if not paths:
-        raise UsageError("predict: name at least one clip: fastvid predict CLIP...")
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise VideoError(f"{path}: no such file or folder.")
-        inside = [path]
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir(), key=natural_key) if p.is_file() and _is_clip(p)]
-        if not inside:
-            raise VideoError(f"{path}: no clips in this folder ({' '.join(VIDEO_SUFFIXES)}).")
-        for file in inside:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
-def read_clip(path: Path, name: str, size: tuple[int, int], frames: int, start: int | None = None) -> SourceClip:
-    """The four given frames of a video file, and up to `frames` true ones after them.
-
-    path:    a video file. name: for its outputs. size: (H, W) to fit every frame to.
-    start:   number of the first given frame, from 0; None takes the last four.
-    Returns: SourceClip.
-    Raises:  VideoError for a file that cannot be read or has too few frames.
-    """
-    info = probe_video(path)
-    known = info.frames or count_frames(path)
-    first = max(0, known - GIVEN) if start is None else start
-    if known - first < GIVEN:
-        wanted = "at least 4 frames" if start is None else f"4 frames from frame {start} on"
-        raise VideoError(f"{path}: wanted {wanted}, the file has {known}; give a longer clip.")
-    video, fps = read_video(path, first, min(known - first, GIVEN + frames), size)
-    notes = [fit_frames(torch.zeros(1, info.height, info.width, 3, dtype=torch.uint8), *size)[1]]
-    if not SLOWEST <= fps <= FASTEST:
-        notes.append(f"{fps:g} frames a second cannot be written, {USUAL_FPS:g} taken instead")
-        fps = USUAL_FPS
-    return SourceClip(path, name, video[:GIVEN], video[GIVEN:], first, fps, tuple(filter(None, notes)))
-
-
-def _is_clip(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".")
+    return [report for group in groups for report in _predict_group(predictor, group, request, identity, out)]
 
 
 def _named(paths: list[Path]) -> dict[Path, str]:
@@ -182,101 +129,161 @@ def _prepare(out: Path, clips: list[SourceClip], samples: int) -> Path:
 
 
 def _predict_group(
-    predictor: VideoPredictor, clips: list[SourceClip], request: _Request, out: Path
+    predictor: VideoPredictor, clips: list[SourceClip], request: _Request, identity: str, out: Path
 ) -> list[dict[str, Any]]:
-    given = torch.stack([clip.given for clip in clips])  # [B, 4, H, W, 3]
-    with _Bars(clips) as bars, ops.served() as backends:
-        prediction = predictor.predict_codes(
-            given.movedim(-1, 2).float().div(255), request.frames, request.samples, request.seed, request.temperature,
-            progress=bars,
-        )
-    reports = []
-    for i, clip in enumerate(clips):
-        future = prediction.frames[i].mul(255).round().clamp(0, 255).to(torch.uint8).movedim(2, -1)  # [S, n, H, W, 3]
-        report = _report(clip, i, future, prediction, request, backends)
-        _write(clip, future, report, out)
-        print(_summary(clip, report, out))
-        reports.append(report)
+    given = torch.stack([clip.given for clip in clips]).to(request.device)  # [B, 4, H, W, 3]
+    frames, stages = given.movedim(-1, 2).float().div(255), Stages()
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(_ClipFiles(clip, request, out)) for clip in clips]
+            backends = stack.enter_context(ops.served())
+            # each sample's file is open while it grows
+            for numbers in _spans(request.samples, ROWS_AT_ONCE):
+                with _Bars(clips) as bars:
+                    stream = predictor.predict_stream(
+                        frames, request.frames, numbers, request.seed, request.temperature, bars, request.weights,
+                        request.judged,
+                    )
+                    _write_stream(files, numbers, stream, stages)
+            reports = [_report(one, len(clips), request, identity, stages, backends) for one in files]
+            for one, report in zip(files, reports, strict=True):
+                one.finish(report)
+                print(_summary(one.clip, report, out))
+    except OSError as error:
+        raise VideoError(f"{out}: the predictions cannot be written: {error.strerror}; make room there.") from error
     return reports
 
 
-def _write(clip: SourceClip, future: Tensor, report: dict[str, Any], out: Path) -> None:
-    """All files of a clip, first in a folder of their own, then renamed, the report last."""
-    *videos, sheet, text = _files(clip, len(future))
-    try:
-        with tempfile.TemporaryDirectory(prefix=".predict-", dir=out) as work:
-            for file, sample in zip(videos, future, strict=True):
-                write_video(Path(work, file), torch.cat([clip.given, sample]), clip.fps)
-            write_png(Path(work, sheet), _sheet(clip, future))
-            Path(work, text).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            # an old report must not stand beside new videos
-            (out / text).unlink(missing_ok=True)
-            for file in (*videos, sheet, text):
-                os.replace(Path(work, file), out / file)
-    except OSError as error:
-        raise VideoError(f"{out}: the predictions cannot be written: {error.strerror}; make room there.") from error
+def _write_stream(files: list["_ClipFiles"], numbers: range, stream: Iterator[Stretch], stages: Stages) -> None:
+    with contextlib.ExitStack() as stack:
+        for one in files:
+            one.begin(numbers, stack)
+        for stretch in stream:
+            pixels = stretch.frames.mul(255).round().clamp(0, 255).to(torch.uint8).movedim(3, -1)  # [B, S, m, H, W, 3]
+            for i, one in enumerate(files):
+                one.add(pixels[i].cpu(), stretch.top[i].cpu(), stretch.bottom[i].cpu())
+            stages.add(stretch.stages)
+        for one in files:
+            one.end()
 
 
-def _sheet(clip: SourceClip, future: Tensor) -> Tensor:
-    """One row per sample, under the truth where it is known."""
-    rows = [torch.cat([clip.given, sample]) for sample in future[:SHEET_ROWS]]
-    if len(clip.truth):
-        rows.insert(0, torch.cat([clip.given, clip.truth]))
-    return contact_sheet([row[:SHEET_COLUMNS] for row in rows], given=GIVEN)
+def _spans(count: int, length: int) -> list[range]:
+    return [range(first, min(first + length, count)) for first in range(0, count, length)]
+
+
+class _ClipFiles:
+    """The files of one clip: they grow in a folder of their own and are renamed when all are whole, the report last."""
+
+    def __init__(self, clip: SourceClip, request: _Request, out: Path):
+        self.clip, self.request, self.out = clip, request, out
+        *self.videos, self.sheet, self.text = _files(clip, request.samples)
+        self.samples: list[dict[str, str]] = []
+        self.shown: list[Tensor] = []  # rows of the contact sheet, [<= COLUMNS, H, W, 3]
+
+    def __enter__(self) -> "_ClipFiles":
+        self.folder = tempfile.TemporaryDirectory(prefix=".predict-", dir=self.out)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.folder.cleanup()
+
+    def begin(self, numbers: range, stack: contextlib.ExitStack) -> None:
+        """Open the videos of the samples of these numbers; `stack` closes them."""
+        H, W = self.clip.given.shape[1:3]
+        self.numbers = numbers
+        self.writers = [
+            stack.enter_context(VideoWriter(Path(self.folder.name, self.videos[k]), (H, W), self.clip.fps))
+            for k in numbers
+        ]
+        self.frame_hashes = [FrameHash((self.request.frames, H, W, 3)) for _ in numbers]
+        self.code_hashes = [hashlib.sha256() for _ in numbers]
+        for k, writer in zip(numbers, self.writers, strict=True):
+            writer.add(self.clip.given)
+            if k < ROWS:
+                self.shown.append(self.clip.given)
+
+    def add(self, frames: Tensor, top: Tensor, bottom: Tensor) -> None:
+        """The next frames [S, m, H, W, 3] of the samples begun, and the codes they were drawn as."""
+        for i, k in enumerate(self.numbers):
+            self.writers[i].add(frames[i])
+            self.frame_hashes[i].add(frames[i])
+            for codes in (top[i], bottom[i]):
+                self.code_hashes[i].update(repr(tuple(codes.shape)).encode() + codes.numpy().astype("<i8").tobytes())
+            if k < ROWS and len(self.shown[k]) < COLUMNS:
+                self.shown[k] = torch.cat([self.shown[k], frames[i]])[:COLUMNS]
+
+    def end(self) -> None:
+        """The samples begun have all their frames."""
+        for k, frames, codes in zip(self.numbers, self.frame_hashes, self.code_hashes, strict=True):
+            hashes = {"frame_hash": frames.hexdigest(), "codes_sha256": codes.hexdigest()}
+            self.samples.append({"file": self.videos[k], **hashes})
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write sheet and report, and let everything appear."""
+        rows = self.shown
+        if len(self.clip.truth):
+            rows = [torch.cat([self.clip.given, self.clip.truth]), *rows]
+        work = Path(self.folder.name)
+        write_png(work / self.sheet, contact_sheet(rows, given=GIVEN))
+        (work / self.text).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # an old report must not stand beside new videos
+        (self.out / self.text).unlink(missing_ok=True)
+        for file in (*self.videos, self.sheet, self.text):
+            os.replace(work / file, self.out / file)
 
 
 def _report(
-    clip: SourceClip, index: int, future: Tensor, prediction: Prediction, request: _Request, backends: dict[str, str]
+    files: _ClipFiles, together: int, request: _Request, identity: str, stages: Stages, backends: dict[str, str]
 ) -> dict[str, Any]:
-    *videos, sheet, _ = _files(clip, request.samples)
-    drawn = {stage: codes for stage, codes in prediction.codes.items() if codes}
-    return {
+    clip, drawn = files.clip, {name: stage for name, stage in stages.items() if stage.codes}
+    options = ("frames", "samples", "seed", "temperature", "start", "weights")
+    report = {
         "clip": str(clip.path),
         "given_frames": [clip.first, clip.first + GIVEN - 1],
-        "true_frames_known": len(clip.truth),
+        "true_frames_known": clip.known,
         "fps": clip.fps,
         "size": list(clip.given.shape[1:3]),
         "notes": list(clip.notes),
-        "model": {"name": request.model, "sha256": manifest_hash(model_folder(request.model))},
-        "options": {name: getattr(request, name) for name in ("frames", "samples", "seed", "temperature", "start")},
-        "samples": [
-            {"file": file, "frame_hash": frame_hash(sample), "codes_sha256": _codes_hash(prediction, index, k)}
-            for k, (file, sample) in enumerate(zip(videos, future, strict=True))
-        ],
-        "contact_sheet": sheet,
-        # stages are timed for all clips that were predicted together
-        "timed": {"clips": prediction.frames.shape[0], "samples": request.samples},
-        "seconds": {stage: round(seconds, 6) for stage, seconds in prediction.seconds.items()},
-        "codes": drawn,
-        "codes_per_second": {stage: round(codes / prediction.seconds[stage], 1) for stage, codes in drawn.items()},
-        "backends": dict.fromkeys(ops.REFERENCE_ONLY, "reference") | backends,
+        "model": {"name": request.model, "sha256": identity},
+        "options": {name: getattr(request, name) for name in options},
+        "samples": files.samples,
+        "contact_sheet": files.sheet,
+        # stages are timed and counted for all clips that were predicted together
+        "timed": {"clips": together, "samples": request.samples},
+        "seconds": {name: round(stage.seconds, 6) for name, stage in stages.items()},
+        "codes": {name: stage.codes for name, stage in drawn.items()},
+        "codes_per_second": {name: round(stage.codes / stage.seconds, 1) for name, stage in drawn.items()},
+        "passes_per_code": {name: round(stage.passes / stage.codes, 4) for name, stage in drawn.items()},
+        "near_ties": {name: stage.near_ties for name, stage in drawn.items()},
+        "backends": dict(backends),
         "versions": {"fastvid": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": "cpu",
+        "device": request.device,
         "threads": torch.get_num_threads(),
     }
-
-
-def _codes_hash(prediction: Prediction, index: int, sample: int) -> str:
-    """sha256 of one sample's codes: for every stretch of frames the top ones, then the bottom ones, as int64."""
-    digest = hashlib.sha256()
-    for codes in (level for pair in zip(prediction.top, prediction.bottom, strict=True) for level in pair):
-        one = codes[index, sample].contiguous().cpu()
-        digest.update(repr(tuple(one.shape)).encode() + one.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+    if request.judged:
+        report["drift"] = {
+            name: {"nats_per_code": stage.drift / stage.codes, "nats_per_code_size": stage.drift_size / stage.codes}
+            for name, stage in drawn.items()
+        }
+    return report
 
 
 def _summary(clip: SourceClip, report: dict[str, Any], out: Path) -> str:
     seconds, codes = sum(report["seconds"].values()), sum(report["codes"].values())
     count = report["options"]["samples"]
     company = f" ({report['timed']['clips']} clips together)" if report["timed"]["clips"] > 1 else ""
-    return (
-        f"{clip.path}: {report['options']['frames']} frames x {count} sample{'s' * (count != 1)} in {seconds:.1f} s, "
+    line = (
+        f"{clip.path}: {report['options']['frames']} frames x {count} sample{'s' * (count != 1)} in {seconds:.2f} s, "
         f"{codes / seconds:.0f} codes/s{company} -> {out / report['contact_sheet']}"
     )
+    if "drift" not in report:
+        return line
+    drift = ", ".join(f"{name} {values['nats_per_code']:+.4f}" for name, values in report["drift"].items())
+    return f"{line}\n{clip.path}: {report['options']['weights']} weights against float32, nats per code: {drift}"
 
 
 class _Bars:
-    """A progress bar for each stage that draws codes; only on a terminal."""
+    """A progress bar over all codes of a run, named after the stage that draws them; only on a terminal."""
 
     def __init__(self, clips: list[SourceClip]):
         self.title = clips[0].path.name if len(clips) == 1 else f"{len(clips)} clips"
@@ -290,9 +297,9 @@ class _Bars:
             self.bar.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self.bar is None or stage != self.stage or done < self.bar.n:
-            self.__exit__()
-            quiet = not sys.stderr.isatty()
-            self.bar = tqdm(total=total, desc=f"{self.title}: {stage}", unit="code", leave=False, disable=quiet)
+        if self.bar is None:
+            self.bar = tqdm(total=total, unit="code", leave=False, disable=not sys.stderr.isatty())
+        if stage != self.stage:
+            self.bar.set_description(f"{self.title}: {stage}", refresh=False)
             self.stage = stage
         self.bar.update(done - self.bar.n)

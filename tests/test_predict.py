@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import sys
@@ -81,13 +82,16 @@ def test_the_report_says_what_was_done(clip, model, tmp_path):
     out = tmp_path / "out"
     (report,) = predict_clips([clip], model, frames=5, samples=2, seed=7, temperature=0.5, out=out, start=3)
     assert json.loads((out / "clip.json").read_text()) == report
-    assert report["options"] == {"frames": 5, "samples": 2, "seed": 7, "temperature": 0.5, "start": 3}
+    options = {"frames": 5, "samples": 2, "seed": 7, "temperature": 0.5, "start": 3, "weights": "auto"}
+    assert report["options"] == options and report["device"] in ("cpu", "cuda")
     assert report["model"] == {"name": str(model), "sha256": manifest_hash(model)}
     assert report["given_frames"] == [3, 6] and report["true_frames_known"] == 5
-    assert set(report["seconds"]) == {"encode", "top", "bottom", "decode"}
+    assert set(report["seconds"]) == {"pack", "encode", "top", "bottom", "decode"}
     assert report["codes"] == {"top": 2 * 3 * 4 * 4, "bottom": 2 * 6 * 8 * 8}
     for stage, codes in report["codes"].items():
         assert report["codes_per_second"][stage] == pytest.approx(codes / report["seconds"][stage], rel=0.01)
+        assert 0 < report["passes_per_code"][stage] <= 1 and 0 <= report["near_ties"][stage] <= codes / 10
+    assert "drift" not in report
     assert {"fastvid", "torch", "python"} == set(report["versions"])
 
 
@@ -99,15 +103,19 @@ def test_hashes_are_of_the_predicted_frames_and_codes(clip, model, tmp_path):
     prediction = fastvid.load(model).predict_codes(given[None].movedim(-1, 2) / 255, 12, samples=2, seed=3)
     frames = (prediction.frames[0] * 255).round().to(torch.uint8).movedim(2, -1)
     assert hashes([report]) == [[frame_hash(sample) for sample in frames]]
-    codes = {sample["codes_sha256"] for sample in report["samples"]}
-    assert len(codes) == 2, "two samples drew the same codes"
+    for k, sample in enumerate(report["samples"]):
+        digest = hashlib.sha256()
+        for codes in (prediction.top[0][0, k], prediction.bottom[0][0, k]):
+            digest.update(repr(tuple(codes.shape)).encode() + codes.numpy().tobytes())
+        assert sample["codes_sha256"] == digest.hexdigest()
+    assert len({sample["codes_sha256"] for sample in report["samples"]}) == 2, "two samples drew the same codes"
 
 
 def test_the_report_names_the_backends_that_ran(model, clip, tmp_path):
     (report,) = predict_clips([clip], model, frames=1, out=tmp_path / "out")
     with backend("reference"):
         (other,) = predict_clips([clip], model, frames=1, out=tmp_path / "other")
-    assert set(report["backends"]) == {"nearest_codebook", *ops.REFERENCE_ONLY}
+    assert set(report["backends"]) == {"nearest_codebook", "pixelcnn_sample"}
     assert set(other["backends"].values()) == {"reference"}
     given = torch.zeros(1, 8), torch.zeros(32, 8)
     assert ops.nearest_codebook.reasons(*given)[report["backends"]["nearest_codebook"]] == "serves"
@@ -204,7 +212,7 @@ def test_a_folder_stands_for_its_clips_and_no_clip_comes_twice(tmp_path):
     assert [path.name for path in found] == ["b9.mp4", "b10.mp4"]
 
 
-@pytest.mark.parametrize("broken", ["fastvid.predict.write_png", "fastvid.predict.write_video"])
+@pytest.mark.parametrize("broken", ["fastvid.predict.write_png", "fastvid.predict.VideoWriter.add"])
 def test_nothing_half_written(clip, model, tmp_path, monkeypatch, broken):
     out = tmp_path / "out"
     predict_clips([clip], model, seed=1, out=out)
@@ -244,7 +252,7 @@ def test_progress_on_a_terminal_only(clip, model, tmp_path, monkeypatch):
 
 def test_an_impossible_rate_is_replaced_and_said(clip, monkeypatch):
     real = read_video
-    monkeypatch.setattr("fastvid.predict.read_video", lambda *args: (real(*args)[0], 90000.0))
+    monkeypatch.setattr("fastvid.data.source.read_video", lambda *args: (real(*args)[0], 90000.0))
     source = read_clip(clip, "clip", (SIDE, SIDE), 12)
     assert source.fps == 25.0 and "90000 frames a second cannot be written, 25 taken instead" in source.notes
 
@@ -255,7 +263,8 @@ def test_all_clips_are_checked_before_the_model_runs(clip, model, tmp_path, monk
     def must_not_run(*_, **__):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(VideoPredictor, "predict_codes", must_not_run)
+    monkeypatch.setattr(VideoPredictor, "predict_stream", must_not_run)
+    monkeypatch.setattr("fastvid.predict.load", must_not_run)
     with pytest.raises(VideoError, match="short.mp4: wanted at least 4 frames, the file has 3"):
         predict_clips([clip, tmp_path / "short.mp4"], model, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvid.errors import DataError, VideoError
 
+ROWS, COLUMNS = 32, 64  # of cells, up to which a sheet is a picture that viewers can open
 _READABLE = 96  # pixels: shorter frames are enlarged until their short side has at least this many
 _BORDER, _GAP = 2, 1
 _BACKGROUND = (24, 24, 24)
@@ -40,13 +41,16 @@ def contact_sheet(rows: list[Tensor], given: int = 0, scale: int | None = None) 
     columns = max(len(row) for row in rows)
     sheet = torch.empty(len(rows) * cell_h + _GAP, columns * cell_w + _GAP, 3, dtype=torch.uint8)
     sheet[:] = torch.tensor(_BACKGROUND, dtype=torch.uint8)
+    # a view in which every cell has a place of its own, the gap at its end
+    cells = sheet[_GAP:, _GAP:].unflatten(0, (len(rows), cell_h)).unflatten(2, (columns, cell_w))
     for r, row in enumerate(rows):
-        for c, frame in enumerate(row):
-            cell = sheet[r * cell_h + _GAP : (r + 1) * cell_h, c * cell_w + _GAP : (c + 1) * cell_w]
-            if given:
-                cell[:] = torch.tensor(_GIVEN if c < given else _MADE, dtype=torch.uint8)
-            large = frame.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-            cell[_BORDER:-_BORDER, _BORDER:-_BORDER] = large
+        if given:
+            cells[r, :-_GAP, : min(given, len(row)), :-_GAP] = torch.tensor(_GIVEN, dtype=torch.uint8)
+            cells[r, :-_GAP, given : len(row), :-_GAP] = torch.tensor(_MADE, dtype=torch.uint8)
+        inside = cells[r, _BORDER : -_BORDER - _GAP, : len(row), _BORDER : -_BORDER - _GAP]  # [sH, T, sW, 3]
+        # first the pixels within a line, then whole lines: the second step copies long runs
+        wide = row.repeat_interleave(scale, dim=2).transpose(0, 1)  # [H, T, sW, 3]
+        inside.unflatten(0, (H, scale))[:] = wide[:, None]
     return sheet
 
 
@@ -75,6 +79,8 @@ def write_png(path: str | Path, image: Tensor) -> None:
 
 def _encode_png(image: Tensor) -> bytes:
     encoder = av.CodecContext.create("png", "w")
+    # beside the encoder's own choice: a third of the time for a fifth more bytes
+    encoder.options = {"compression_level": "2", "pred": "up"}
     encoder.height, encoder.width = image.shape[:2]
     encoder.pix_fmt = "rgb24"
     encoder.time_base = Fraction(1)

@@ -4,6 +4,8 @@ import hashlib
 import math
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.data._decode import BROKEN, first_picture, frames_of, opened, picture, promised_frames, rate_of, reason_of
-from fastvid.data._encode import encode
+from fastvid.data._encode import Encoder
 from fastvid.errors import VideoError
 
 READ_BYTES = 2 << 30  # the largest video handed back at once
@@ -125,17 +127,68 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool
     lossless: only .mp4: RGB H.264 without loss; reading gives the same bits back.
     Raises:   VideoError for a wrong tensor, suffix or rate, or if the file cannot be written.
     """
-    path = Path(path)
-    _check_writable(path, video, fps, lossless)
-    # a random name: two processes may write the same clip at once
-    temporary = path.absolute().with_name(f".{path.stem[:40]}.{secrets.token_hex(6)}{path.suffix.lower()}")
     try:
-        encode(temporary, video, Fraction(fps).limit_denominator(10_000), lossless)
-        os.replace(temporary, path)
-    except BROKEN as error:
-        raise VideoError(f"{path}: cannot be written: {reason_of(error)}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        _check_frames(video)
+    except VideoError as error:
+        raise VideoError(f"{path}: {error}") from None
+    with VideoWriter(path, tuple(video.shape[1:3]), fps, lossless) as writer:
+        writer.add(video)
+
+
+class VideoWriter:
+    """A video file that is written piece by piece and appears whole, or, after an exception, not at all.
+
+    with VideoWriter("out.mp4", (64, 64)) as writer: writer.add(frames)
+
+    path:     target file, .mp4 (H.264), .webm (VP9) or .gif; an existing one is replaced when the block ends.
+    size:     (height, width) of every frame. fps, lossless: as in `write_video`.
+    Raises:   VideoError for a wrong suffix or rate, frames of another size, no frames, or where the disk refuses.
+    """
+
+    def __init__(self, path: str | Path, size: tuple[int, int], fps: float = 25, lossless: bool = False):
+        self.path, self.size = Path(path), size
+        _check_writable(self.path, fps, lossless)
+        # a random name: two processes may write the same clip at once
+        name = f".{self.path.stem[:40]}.{secrets.token_hex(6)}{self.path.suffix.lower()}"
+        self._temporary = self.path.absolute().with_name(name)
+        try:
+            with self._failing():
+                self._encoder = Encoder(self._temporary, *size, Fraction(fps).limit_denominator(10_000), lossless)
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
+
+    def add(self, video: Tensor) -> None:
+        """Write the next frames, uint8 [T, H, W, 3] in 0..255, any strides. Raises VideoError as the class says."""
+        _check_frames(video)
+        if tuple(video.shape[1:3]) != tuple(self.size):
+            raise VideoError(f"{self.path}: frames must be {list(self.size)} as said, got {list(video.shape[1:3])}.")
+        with self._failing():
+            self._encoder.add(video)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            if kind is None:
+                with self._failing():
+                    if not self._encoder.count:
+                        raise VideoError(f"{self.path}: a video needs at least one frame, got none.")
+                    self._encoder.finish()
+                    os.replace(self._temporary, self.path)
+        finally:
+            self._encoder.abandon()
+            self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except VideoError:
+            raise
+        except BROKEN as error:
+            raise VideoError(f"{self.path}: cannot be written: {reason_of(error)}.") from error
 
 
 def fit_frames(video: Tensor, height: int, width: int) -> tuple[Tensor, str | None]:
@@ -175,9 +228,31 @@ def frame_hash(video: Tensor) -> str:
     Raises:  VideoError for a wrong tensor.
     """
     _check_frames(video)
-    digest = hashlib.sha256(repr(tuple(video.shape)).encode())
-    digest.update(video.contiguous().cpu().numpy().tobytes())
+    digest = FrameHash(tuple(video.shape))
+    digest.add(video)
     return digest.hexdigest()
+
+
+class FrameHash:
+    """`frame_hash` of a video that comes piece by piece.
+
+    shape:  (T, H, W, 3) of the whole. Raises ValueError in `hexdigest` if another number of pixels was added.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]):
+        self._digest = hashlib.sha256(repr(tuple(shape)).encode())
+        self._missing = math.prod(shape)
+
+    def add(self, video: Tensor) -> None:
+        """The next frames, uint8 [t, H, W, 3], any strides."""
+        self._digest.update(video.contiguous().cpu().numpy())
+        self._missing -= video.numel()
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits, once all frames were added."""
+        if self._missing:
+            raise ValueError(f"FrameHash: {self._missing} more bytes were promised than added.")
+        return self._digest.hexdigest()
 
 
 def _check_budget(path: str | Path, frames: int, image: Tensor) -> None:
@@ -197,16 +272,12 @@ def _check_frames(video: Tensor) -> None:
         raise VideoError(f"a video needs at least one frame and one pixel, got {list(video.shape)}.")
 
 
-def _check_writable(path: Path, video: Tensor, fps: float, lossless: bool) -> None:
+def _check_writable(path: Path, fps: float, lossless: bool) -> None:
     suffix = path.suffix.lower()
     if suffix not in WRITE_SUFFIXES:
         raise VideoError(f"{path}: cannot write '{suffix}', use one of {', '.join(WRITE_SUFFIXES)}.")
     if lossless and suffix != ".mp4":
         raise VideoError(f"{path}: lossless video is written as .mp4 only, got '{suffix}'.")
-    try:
-        _check_frames(video)
-    except VideoError as error:
-        raise VideoError(f"{path}: {error}") from None
     fastest = 50 if suffix == ".gif" else 1000
     if not (math.isfinite(fps) and 0.01 <= fps <= fastest):
         raise VideoError(f"{path}: fps must be from 0.01 to {fastest} for '{suffix}', got {fps}.")

@@ -1,39 +1,65 @@
 """The whole chain: four frames in, the next ones out, through the VQ-VAE and its two priors."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.checkpoint import has_folder, load_folder, save_folder
+from fastvid.checkpoint import has_folder, load_folder, read_config, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.models.bottom_prior import ABSENT, BottomPrior
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE
 from fastvid.models.registry import build
+from fastvid.models.stages import Ledger, Report, Stages
 from fastvid.models.top_prior import TopPrior
-from fastvid.sampling import Noise, sample
+from fastvid.nn import GatedPixelStack
+from fastvid.sampling import Noise, code_loglikelihood, pack_stack, sample_grid
 
 GIVEN = 4  # frames conditioned on: one top step, two bottom slices
 FRAMES_PER_STEP, SLICES_PER_STEP = 4, 2
 TOP_STREAM, BOTTOM_STREAM = 0, 1
+OPEN = -1  # in a draft: a code without a first guess
 ROWS_AT_ONCE = 64  # samples that advance together; it bounds memory and never changes a code
+WEIGHTS = ("auto", "float32", "bfloat16", "int8")  # how the priors' weights may be stored for sampling
 SHIPPED = Path(__file__).with_name("weights")
 
-Report = Callable[[str, int, int], None]  # stage, done, total
+
+@dataclass
+class Stretch:
+    """What one pass over the model predicts of every sample, and what its stages cost.
+
+    frames: [B, S, m, 3, H, W] in [0, 1], m at most 12. top: [B, S, steps + 1, H/8, W/8] and bottom:
+    [B, S, 2 (steps + 1), H/4, W/4] int64, codes of the four frames before and of those predicted.
+    """
+
+    frames: Tensor
+    top: Tensor
+    bottom: Tensor
+    stages: Stages
 
 
 @dataclass
 class Prediction:
-    """Frames [B, S, n, 3, H, W] in [0, 1]; codes of each stretch of frames; wall-clock seconds and codes per stage."""
+    """Frames [B, S, n, 3, H, W] in [0, 1]; the codes of each stretch of frames; the stages' costs."""
 
     frames: Tensor
     top: list[Tensor] = field(default_factory=list)  # each [B, S, steps + 1, H/8, W/8]
     bottom: list[Tensor] = field(default_factory=list)  # each [B, S, 2 (steps + 1), H/4, W/4]
-    seconds: dict[str, float] = field(default_factory=dict)
-    codes: dict[str, int] = field(default_factory=dict)
+    stages: Stages = field(default_factory=Stages)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all stretches of a prediction have in common."""
+
+    seed: int
+    temperature: float
+    weights: str
+    compare: bool
+    ledger: Ledger
 
 
 class VideoPredictor(nn.Module):
@@ -48,70 +74,111 @@ class VideoPredictor(nn.Module):
         self.eval()
 
     def predict(
-        self, frames: Tensor, n: int = 12, samples: int = 1, seed: int = 0, temperature: float = 1.0,
-        progress: Report | None = None,
+        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        progress: Report | None = None, weights: str = "auto",
     ) -> Tensor:
         """The next frames of each clip, drawn `samples` times.
 
         frames:   [B, 4, 3, H, W] in [0, 1], H and W divisible by 8 (`size` is what the model was trained for).
         n:        frames to predict; beyond what one pass yields (12) the model slides on over its own output.
-        seed:     with the sample's index it decides every draw; neither B, `samples` nor `n` changes a sample's frames.
-        Returns:  [B, samples, n, 3, H, W] in [0, 1].
-        Raises:   UsageError for another shape, n or samples below 1, or a temperature that is not positive.
+        samples:  how many futures of each clip, or, as a range, those of these numbers: 3 is range(3).
+        seed:     with the sample's number it decides every draw; B, `samples` and `n` change no sample's frames.
+        progress: told the stage, the codes drawn so far and the codes of the whole run, after every row of codes.
+        weights:  of the priors while sampling: "float32", or the smaller "bfloat16" and "int8", which sample a slightly
+                  different model; "auto" as in fastvid.sampling.sample_grid.
+        Returns:  [B, S, n, 3, H, W] in [0, 1].
+        Raises:   UsageError for another shape, n or samples below 1, a temperature that is not positive, or other
+                  weights.
         """
-        return self.predict_codes(frames, n, samples, seed, temperature, progress).frames
+        return self.predict_codes(frames, n, samples, seed, temperature, progress, weights).frames
 
-    @torch.no_grad()
     def predict_codes(
-        self, frames: Tensor, n: int = 12, samples: int = 1, seed: int = 0, temperature: float = 1.0,
-        progress: Report | None = None,
+        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        progress: Report | None = None, weights: str = "auto",
     ) -> Prediction:
-        """As `predict`, with the codes, the time and the number of codes of every stage."""
-        _check(frames, n, samples, temperature)
-        B, stretches = frames.shape[0], -(-n // (self.top.config.steps * FRAMES_PER_STEP))
-        given = frames.repeat_interleave(samples, dim=0).transpose(1, 2)  # [B*S, 3, 4, H, W]
-        identities = torch.arange(samples).repeat(B)
+        """As `predict`, with the codes of every stretch and the cost of every stage."""
         result, parts = Prediction(frames), []
-        clock = _Clock(result, progress)
-        for stretch in range(stretches):
-            chunks = [
-                self._stretch(rows, tuple(ids.tolist()), stretch, seed, temperature, clock)
-                for rows, ids in zip(given.split(ROWS_AT_ONCE), identities.split(ROWS_AT_ONCE), strict=True)
-            ]
-            video, top, bottom = (torch.cat(part) for part in zip(*chunks, strict=True))
-            parts.append(video[:, :, GIVEN:])
-            given = video[:, :, -GIVEN:]
-            result.top.append(top.unflatten(0, (B, samples)))
-            result.bottom.append(bottom.unflatten(0, (B, samples)))
-        future = torch.cat(parts, dim=2)[:, :, :n].transpose(1, 2)  # [B*S, n, 3, H, W]
-        result.frames = future.unflatten(0, (B, samples))
+        for stretch in self.predict_stream(frames, n, samples, seed, temperature, progress, weights):
+            parts.append(stretch.frames)
+            result.top.append(stretch.top)
+            result.bottom.append(stretch.bottom)
+            result.stages.add(stretch.stages)
+        result.frames = torch.cat(parts, dim=2)
         return result
 
-    def _stretch(
-        self, given: Tensor, identities: tuple[int, ...], stretch: int, seed: int, temperature: float, clock: "_Clock"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass over `steps` latent steps. given [R, 3, 4, H, W] -> video [R, 3, T, H, W], top and bottom codes."""
+    @torch.no_grad()
+    def predict_stream(
+        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        progress: Report | None = None, weights: str = "auto", compare: bool = False,
+    ) -> Iterator[Stretch]:
+        """As `predict`, stretch after stretch: each is yielded before the next one is begun, and none is kept.
+
+        compare:  also judge the drawn codes by float32 weights: Stage.drift, for one more evaluation of every row.
+        Yields:   Stretch; their frames follow one another, n in all.
+        """
+        _check(frames, n, samples, temperature, weights)
+        numbers = range(samples) if isinstance(samples, int) else samples
+        (B, *_, H, W), S, steps = frames.shape, len(numbers), self.top.config.steps
+        stretches = -(-n // (steps * FRAMES_PER_STEP))
+        per_row = steps * (H // 8 * (W // 8) + SLICES_PER_STEP * (H // 4) * (W // 4))
+        run = _Run(seed, temperature, weights, compare, Ledger(B * S * stretches * per_row, progress))
+        with run.ledger.timed("pack"):
+            for stack in (self.top.stack, self.bottom.stack):
+                pack_stack(stack, weights)
+        given = frames.transpose(1, 2)  # [B, 3, 4, H, W]
+        owner = torch.arange(B).repeat_interleave(S)  # the row of `given` that each sample goes on from
+        for number in range(stretches):
+            video, top, bottom = self._stretch(given, owner, numbers, number, run)
+            given, owner = video[:, :, -GIVEN:].clone(), torch.arange(B * S)
+            left = n - number * steps * FRAMES_PER_STEP
+            future = video[:, :, GIVEN : GIVEN + left].transpose(1, 2)  # [B*S, m, 3, H, W]
+            rows = (part.unflatten(0, (B, S)) for part in (future, top, bottom))
+            yield Stretch(*rows, run.ledger.turn())
+            del video, top, bottom, future, rows  # the caller's now: they must not outlive his use of them
+
+    def _stretch(self, given: Tensor, owner: Tensor, numbers: range, stretch: int, run: _Run) -> tuple[Tensor, ...]:
+        """One pass over `steps` latent steps of all samples. -> video [B*S, 3, T, H, W], top and bottom codes."""
+        timed, chunks = run.ledger.timed, []
+        for rows in torch.arange(len(owner)).split(ROWS_AT_ONCE):
+            rows_of = tuple(numbers[row % len(numbers)] for row in rows.tolist())
+            # samples of one clip share what is given: it is encoded once
+            sources, own = owner[rows].unique(return_inverse=True)
+            with timed("encode"):
+                codes = _each(self.vqvae.encode, given[sources])
+            top = self._draw_top(*codes, own, rows_of, stretch, run)
+            bottom = self._draw_bottom(top, codes[1][own], rows_of, stretch, run)
+            with timed("decode"):
+                (video,) = _each(lambda *levels: (self.vqvae.decode(*levels),), top, bottom)
+            chunks.append((video, top, bottom))
+        return tuple(torch.cat(part) for part in zip(*chunks, strict=True))
+
+    def _draw_top(
+        self, top: Tensor, bottom: Tensor, own: Tensor, numbers: tuple[int, ...], stretch: int, run: _Run
+    ) -> Tensor:
+        """Top codes of a stretch. top [G, 1, H, W], bottom [G, 2, 2H, 2W], own [R] -> [R, steps + 1, H, W]."""
         steps = self.top.config.steps
-        with clock("encode", len(identities), 0):
-            given_top, given_bottom = _each(self.vqvae.encode, given)
-        grid_top, grid_bottom = given_top[0, 0].numel(), given_bottom[0, 0].numel()
-        with clock("top", len(identities), steps * grid_top) as advance:
-            (condition,) = _each(lambda *codes: (self.top.condition(*codes),), given_top, given_bottom)
-            noise = Noise(seed, identities, TOP_STREAM, stretch * steps)
-            future = sample(self.top.stack, condition, noise, temperature, advance)
-            top = torch.cat([given_top, future], dim=1)  # [R, steps + 1, H, W]
-        slices = range(SLICES_PER_STEP, SLICES_PER_STEP * (steps + 1))
-        with clock("bottom", len(identities), len(slices) * grid_bottom) as advance:
-            bottom = top.new_full((len(identities), slices.stop, *given_bottom.shape[2:]), ABSENT)
-            bottom[:, :SLICES_PER_STEP] = given_bottom
+        with run.ledger.timed("top"):
+            (condition,) = _each(lambda *codes: (self.top.condition(*codes),), top, bottom)
+            # the first step starts as a copy of the given one, the others as the sampler likes
+            draft = F.pad(top, (0, 0, 0, 0, 0, steps - 1), value=OPEN)  # [G, steps, H, W]
+        noise = Noise(run.seed, numbers, TOP_STREAM, stretch * steps)
+        return torch.cat([top[own], _draw("top", self.top.stack, condition[own], noise, draft[own], run)], dim=1)
+
+    def _draw_bottom(
+        self, top: Tensor, given: Tensor, numbers: tuple[int, ...], stretch: int, run: _Run
+    ) -> Tensor:
+        """Bottom codes of a stretch. top [R, steps + 1, H, W], given [R, 2, 2H, 2W] -> [R, 2 (steps + 1), 2H, 2W]."""
+        slices = range(SLICES_PER_STEP, SLICES_PER_STEP * top.shape[1])
+        with run.ledger.timed("bottom"):
+            bottom = F.pad(given, (0, 0, 0, 0, 0, len(slices)), value=ABSENT)
             (above,) = _each(lambda codes: (self.bottom.conditioning.above(codes),), top)
-            for i in slices:
-                noise = Noise(seed, identities, BOTTOM_STREAM, stretch * len(slices) + i)
+        for i in slices:
+            with run.ledger.timed("bottom"):
                 condition = self._condition_slice(i, above, bottom)
-                bottom[:, i] = sample(self.bottom.stack, condition, noise, temperature, advance)[:, 0]
-        with clock("decode", len(identities), 0):
-            (video,) = _each(lambda *codes: (self.vqvae.decode(*codes),), top, bottom)
-        return video, top, bottom
+            noise = Noise(run.seed, numbers, BOTTOM_STREAM, stretch * len(slices) + i)
+            drawn = _draw("bottom", self.bottom.stack, condition, noise, bottom[:, i - 1 : i].contiguous(), run)
+            bottom[:, i] = drawn[:, 0]
+        return bottom
 
     def _condition_slice(self, i: int, above: Tensor, bottom: Tensor) -> Tensor:
         window = bottom_window(bottom, i, self.bottom.config.window)
@@ -146,16 +213,33 @@ def load(name: str | Path) -> VideoPredictor:
 
     Raises UsageError for an unknown name and CheckpointError for a damaged folder.
     """
+    path = _known_folder(name)
+    tensors, config = load_folder(path)
+    parts = [build(kind, config[kind], fresh=False) for kind in _parts_of(config, path)]
+    return _fill(VideoPredictor(*parts, size=config["size"]), tensors, path)
+
+
+def frame_size(name: str | Path) -> tuple[int, int]:
+    """(H, W) of the frames that a model was trained on, in pixels, without its weights. Raises as `load`."""
+    path = _known_folder(name)
+    config = read_config(path)
+    _parts_of(config, path)
+    return tuple(config["size"])
+
+
+def _known_folder(name: str | Path) -> Path:
     path = model_folder(name)
     if not path.is_dir():
         raise UsageError(
             f"unknown model {str(name)!r}: neither a folder nor one of {', '.join(list_models()) or '(none shipped)'}."
         )
-    tensors, config = load_folder(path)
+    return path
+
+
+def _parts_of(config: dict, path: Path) -> tuple[str, ...]:
     if config.get("kind") != "predictor":
         raise CheckpointError(f"{path}: wanted a predictor, got kind {config.get('kind')!r}; assemble one first.")
-    parts = [build(kind, config[kind]) for kind in ("vqvae", "top", "bottom")]
-    return _fill(VideoPredictor(*parts, size=config["size"]), tensors, path)
+    return "vqvae", "top", "bottom"
 
 
 def model_folder(name: str | Path) -> Path:
@@ -188,7 +272,7 @@ def load_part(kind: str, path: str | Path) -> tuple[nn.Module, Path]:
     tensors, config = load_folder(folder)
     if config.get("kind") != kind:
         raise CheckpointError(f"{folder}: wanted a {kind}, it is of kind {config.get('kind')!r}; give its run folder.")
-    model = build(kind, {name: value for name, value in config.items() if name != "kind"})
+    model = build(kind, {name: value for name, value in config.items() if name != "kind"}, fresh=False)
     return _fill(model, tensors, folder), folder
 
 
@@ -206,36 +290,25 @@ def _each(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple
     return tuple(torch.cat(part) for part in zip(*rows, strict=True))
 
 
-def _check(frames: Tensor, n: int, samples: int, temperature: float) -> None:
+def _draw(stage: str, stack: GatedPixelStack, condition: Tensor, noise: Noise, draft: Tensor, run: _Run) -> Tensor:
+    """Codes of one grid, [R, T, H, W], written down in the run's ledger."""
+    with run.ledger.timed(stage):
+        drawn = sample_grid(
+            stack, condition, noise, run.temperature, run.ledger.teller(stage, len(condition)), weights=run.weights,
+            draft=draft,
+        )
+    exact = code_loglikelihood(stack, drawn.codes, condition, "float32") if run.compare else None
+    run.ledger.drew(stage, drawn, run.temperature, exact)
+    return drawn.codes
+
+
+def _check(frames: Tensor, n: int, samples: int | range, temperature: float, weights: str) -> None:
     shape = list(frames.shape)
     if frames.ndim != 5 or shape[1:3] != [GIVEN, 3] or shape[0] < 1 or shape[3] % 8 or shape[4] % 8:
         raise UsageError(f"predict: `frames` must be [B, 4, 3, H, W] with H and W divisible by 8, got {shape}.")
-    if n < 1 or samples < 1:
+    if n < 1 or (samples if isinstance(samples, int) else len(samples)) < 1:
         raise UsageError(f"predict: frames to predict and samples must be at least 1, got {n} and {samples}.")
     if not temperature > 0:
         raise UsageError(f"predict: temperature must be positive, got {temperature}.")
-
-
-class _Clock:
-    """Adds a stage's wall-clock time to a Prediction and tells the caller how far it is."""
-
-    def __init__(self, result: Prediction, report: Report | None):
-        self.result, self.report = result, report
-
-    def __call__(self, stage: str, rows: int, codes: int) -> "_Clock":
-        self.stage, self.rows, self.total, self.done = stage, rows, rows * codes, 0
-        return self
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.start = time.perf_counter()
-        return self.advance
-
-    def __exit__(self, *_) -> None:
-        spent = time.perf_counter() - self.start
-        self.result.seconds[self.stage] = self.result.seconds.get(self.stage, 0.0) + spent
-        self.result.codes[self.stage] = self.result.codes.get(self.stage, 0) + self.total
-
-    def advance(self, codes: int) -> None:
-        self.done += self.rows * codes
-        if self.report:
-            self.report(self.stage, self.done, self.total)
+    if weights not in WEIGHTS:
+        raise UsageError(f"predict: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}.")

@@ -1,7 +1,11 @@
 """Which kinds of model there are, their presets, and how one is built from a saved config."""
 
+import contextlib
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from fastvid.errors import UsageError
 from fastvid.models import bottom_prior, hierarchical_vqvae, top_prior
@@ -25,10 +29,23 @@ def preset(kind: str, name: str) -> Any:
     return PRESETS[kind][name]
 
 
-def build(kind: str, config: dict):
-    """A model of kind `vqvae`, `top` or `bottom` from its config as a (nested) dict, with fresh weights."""
+def build(kind: str, config: dict, fresh: bool = True) -> torch.nn.Module:
+    """A model of kind `vqvae`, `top` or `bottom` from its config as a (nested) dict.
+
+    fresh: draw starting weights; False leaves the parameters as memory happens to be, for a caller that loads them all.
+    """
     model, config_class = KINDS[kind]
-    return model(_dataclass_from(config_class, config))
+    with contextlib.nullcontext() if fresh else _Unfilled():
+        return model(_dataclass_from(config_class, config))
+
+
+class _Unfilled(TorchFunctionMode):
+    """While inside, torch.nn.init does nothing: to draw millions of numbers takes longer than to read the weights."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _dataclass_from(cls: type, values: dict) -> Any:

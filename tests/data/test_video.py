@@ -10,7 +10,16 @@ import torch
 
 from fastvid.data import _encode
 from fastvid.data import video as module
-from fastvid.data.video import count_frames, fit_frames, frame_hash, probe_video, read_image, read_video, write_video
+from fastvid.data.video import (
+    VideoWriter,
+    count_frames,
+    fit_frames,
+    frame_hash,
+    probe_video,
+    read_image,
+    read_video,
+    write_video,
+)
 from fastvid.errors import VideoError
 
 
@@ -118,16 +127,41 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     write_video(tmp_path / "a.mp4", moving(3))
     before = (tmp_path / "a.mp4").read_bytes()
 
-    def fail(video, rate):
-        yield next(iter(frames(video, rate)))
+    def fail(encoder, video):
+        add(encoder, video[:1])
         raise failure
 
-    frames = _encode._video_frames
-    monkeypatch.setattr(_encode, "_video_frames", fail)
+    add = _encode.Encoder.add
+    monkeypatch.setattr(_encode.Encoder, "add", fail)
     with pytest.raises(VideoError if isinstance(failure, OSError) else KeyboardInterrupt, match="space|^$"):
         write_video(tmp_path / "a.mp4", moving(5))
     assert os.listdir(tmp_path) == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif"])
+def test_piece_by_piece_gives_the_same_bytes(tmp_path, name):
+    video = noise(9, 16, 18, 3)
+    write_video(tmp_path / name, video)
+    (tmp_path / "pieces").mkdir()
+    with VideoWriter(tmp_path / "pieces" / name, (16, 18)) as writer:
+        for piece in video.split(4):
+            writer.add(piece)
+        assert not (tmp_path / "pieces" / name).exists()  # not before it is whole
+    assert os.listdir(tmp_path / "pieces") == [name]
+    assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_writer_that_is_left_early_leaves_nothing(tmp_path):
+    for reason in (KeyboardInterrupt, VideoError):
+        with pytest.raises(reason), VideoWriter(tmp_path / "a.mp4", (16, 18)) as writer:
+            writer.add(noise(3, 16, 18, 3))
+            if reason is KeyboardInterrupt:
+                raise reason
+            writer.add(noise(3, 18, 16, 3))
+    with pytest.raises(VideoError, match="at least one frame"), VideoWriter(tmp_path / "a.mp4", (16, 18)):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_part_of_a_file_is_that_part(tmp_path):

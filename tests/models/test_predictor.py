@@ -32,8 +32,13 @@ def test_shapes_and_codes(predictor, frames):
     (top,), (bottom,) = result.top, result.bottom
     assert top.shape == (2, 2, 4, 4, 4) and bottom.shape == (2, 2, 8, 8, 8)
     assert bottom.min() >= 0  # every slice was drawn
-    assert result.codes == {"encode": 0, "top": 4 * 48, "bottom": 4 * 384, "decode": 0}
-    assert set(result.seconds) == set(result.codes) and told[-1][1:] == (4 * 384, 4 * 384)
+    codes = {name: stage.codes for name, stage in result.stages.items()}
+    assert codes == {"pack": 0, "encode": 0, "top": 4 * 48, "bottom": 4 * 384, "decode": 0}
+    assert all(stage.seconds > 0 for stage in result.stages.values())
+    # the whole run is told in advance, and every row of codes counts
+    done = [done for _, done, _ in told]
+    assert done == sorted(set(done)) and done[-1] == 4 * (48 + 384) and {total for *_, total in told} == {done[-1]}
+    assert [stage for stage, *_ in told] == ["top"] * 12 + ["bottom"] * 48
     # the given codes are those of the four frames encoded alone
     given_top, given_bottom = predictor.vqvae.encode(frames.transpose(1, 2))
     assert torch.equal(top[:, 0, :1], given_top) and torch.equal(bottom[:, 1, :2], given_bottom)
