@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvid.nn import CausalAttention, GatedPixelStack, GatedStackConfig
-from fastvid.nn.attention import axial_mask, coordinates
+from fastvid.nn.attention import _mask_for, axial_mask, coordinates
 from fastvid.nn.gated import horizontal_taps, input_horizontal_taps, input_vertical_taps, vertical_taps
 
 CONFIGS = {
@@ -141,6 +141,7 @@ def test_a_mask_made_in_inference_serves_training():
     h = torch.randn(1, 2, 5, 3, 8)
     with torch.inference_mode():
         attention(h)
+    assert not _mask_for(h).is_inference()
     attention(h).sum().backward()
     assert attention.qkv.weight.grad.isfinite().all() and not attention.state_dict().keys() & {"mask"}
     assert axial_mask(2, 5, 3).sum() == sum(t + y + x + 1 for t in range(2) for y in range(5) for x in range(3))
