@@ -44,7 +44,7 @@ class ConvCache:
         _refuse_options(conv)
         self.batch, self.shape = batch, shape
         weight, taps = _taps(conv, mask, padding)
-        self.sees_itself = (0, 0, 0) in taps
+        self.sees_itself, self.pointwise = (0, 0, 0) in taps, set(taps) == {(0, 0, 0)}
         here = sorted(tap for tap in taps if tap[:2] == (0, 0))
         above = sorted(set(taps) - set(here))
         self.above, self.above_weight = above, self._stacked(weight, [taps[tap] for tap in above])
@@ -65,6 +65,8 @@ class ConvCache:
         `x` is the input at this position. A convolution that does not see its own position (mask A, on the codes) gets
         the input at the one before: the last that is known. What it is given at (0, 0, 0) is not looked at.
         """
+        if self.pointwise:
+            return torch.baddbmm(self.bias, x.unsqueeze(1), self.weight).squeeze(1)
         where = position if self.sees_itself else before(position, self.shape)
         if where is not None:
             self.put(x, where)
@@ -85,7 +87,7 @@ class ConvCache:
             self._start_row(t, y)
         base = self.base[x]  # [B, 1, Cout]
         if self.columns:
-            base = torch.baddbmm(base, self.runs[x].reshape(self.batch, 1, -1), self.weight)
+            base = torch.baddbmm(base, self.runs[x].flatten(2), self.weight)
         return base.squeeze(1)
 
     def _start_row(self, t: int, y: int) -> None:
@@ -97,13 +99,13 @@ class ConvCache:
             views = [self.plane[:, t + dt, y + dy, x + dx : x + dx + W] for dt, dy, dx in self.above]
             base = torch.baddbmm(base, torch.cat(views, dim=-1), self.above_weight)  # [B, W, Cout]
         # views made once a row are cheaper than slices made once a position
-        self.base, self.inputs = base.split(1, dim=1), self.plane[:, t, y, x : x + W].unbind(1)
+        self.base, self.inputs = base.unsqueeze(2).unbind(1), self.plane[:, t, y, x : x + W].unbind(1)
         if self.columns:
             line = self.plane[:, t, y, x + self.columns[0] :]  # [B, columns, Cin]
             taps, C = len(self.columns), line.shape[2]
-            runs = line.as_strided((self.batch, W, taps, C), (line.stride(0), C, self.dilation * C, 1))
+            runs = line.as_strided((self.batch, W, 1, taps, C), (line.stride(0), C, C, self.dilation * C, 1))
             # adjacent columns lie in one run, which needs no copy
-            self.runs = (runs.flatten(2) if self.dilation == 1 else runs).split(1, dim=1)
+            self.runs = (runs.flatten(3) if self.dilation == 1 else runs).unbind(1)
 
     def _stacked(self, weight: Tensor, taps: list[tuple | None]) -> Tensor:
         """The weights of some taps, one below the other. -> [B, taps * Cin, Cout], one copy in memory."""
