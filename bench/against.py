@@ -46,13 +46,17 @@ def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int, i
 
 def change_noise(new: dict[str, Any], old: dict[str, Any], peer: str) -> float:
     """Relative noise of the change of one case's ratio to a peer between two files."""
+    of = new.get("ratio_of", "seconds")
     rows = [_find(case, name) for case in (new, old) for name in (case["ours"], peer)]
-    return math.sqrt(sum(median_noise(row) ** 2 for row in rows))
+    return math.sqrt(sum(median_noise(row, of) ** 2 for row in rows))
 
 
-def median_noise(row: dict[str, Any]) -> float:
-    """Relative noise of one contestant's median; 0 for a given figure."""
-    return (row["max_s"] - row["min_s"]) / row["median_s"] / math.sqrt(row["runs"]) if row["runs"] else 0.0
+def median_noise(row: dict[str, Any], of: str = "seconds") -> float:
+    """Relative noise of one contestant's median, of its seconds or its passes; 0 for a given figure."""
+    if not row["runs"]:
+        return 0.0
+    least, median, most = (row[f"{word}_s"] if of == "seconds" else row[of][word] for word in ("min", "median", "max"))
+    return (most - least) / median / math.sqrt(row["runs"])
 
 
 def _why_not(case: dict[str, Any], peer: str) -> str:

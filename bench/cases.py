@@ -6,32 +6,46 @@ run here is reported with the reason, never left out. Torch is imported when a c
 The JSON of a case: `case`, `size`, `check` ("ok", "failed: why" or "missing: why"), `contestants` (each `name`,
 `median_s`, `min_s`, `max_s`, `runs`, `peak_bytes`), `ratio` {peer: x}, `floor_s`, `goal` {peer: x}; what is unknown is
 null. Beside that: `ours`, the contestant the ratios are of; `checked`, what the gate compared; `threads`; `floor_from`,
-what the floor was counted with; `extra_limit_bytes`, where a limit is set. A contestant has `extra_bytes`, its peak
-less what it returned (memory that it kept from an earlier call is in neither). It may carry `missing`, why it did not
-run; `scaled_from`, the codes that a run drew where its times are scaled up to all of them; `given`, true for a figure
-that is not a program's.
+what the floor was counted with; `extra_limit_bytes`, where a limit is set; `ratio_of`, "passes" where the ratios are
+not of seconds. A contestant has `extra_bytes`, its peak less what it returned (memory that it kept from an earlier call
+is in neither). It may carry `missing`, why it did not run; `scaled_from`, the codes that a run drew where its times are
+scaled up to all of them, and `sampled`, which ones; `given`, true for a figure that is not a program's; `passes`, the
+sequential evaluations that the job took as {"median", "min", "max"}, and `codes_per_pass`.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from timing import Contestant, GateError, Race, Times, run_race, threads
 
+FULL_ROUNDS = 7
+
 
 @dataclass(frozen=True)
 class Case:
-    """goal: the least ratio wanted per peer, None where none is set. threads: None takes torch's as found.
-    extra_limit: the most bytes that ours may hold beyond inputs and outputs, None where none is set."""
+    """ours: the contestant that the ratios are of, or several in order of preference: the first that can run.
+    goal: the least ratio wanted per peer, None where none is set. threads: None takes torch's as found.
+    extra_limit: the most bytes that ours may hold beyond inputs and outputs, None where none is set.
+    ratio_of: "seconds", or "passes" where sequential evaluations are what is compared.
+    quick: opens a smaller company, for runs of few rounds."""
 
     name: str
     size: str
-    ours: str
+    ours: str | tuple[str, ...]
     goal: dict[str, float | None]
     open: Callable[[], Race]
     missing: Callable[[], str | None] = lambda: None
     threads: int | None = None
     extra_limit: int | None = None
+    ratio_of: str = "seconds"
+    quick: Callable[[], Race] | None = None
+
+    @property
+    def preferred(self) -> tuple[str, ...]:
+        """`ours` as a tuple."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     def one_thread(self, **goal: float | None) -> "Case":
         """The same with one thread for every contestant, and with other goals where given."""
@@ -42,6 +56,18 @@ def _sampling(device: str) -> Race:
     from sampling_cases import sampling_race
 
     return sampling_race(device)
+
+
+def _paper(name: str, *given) -> Race:
+    import paper_cases
+
+    return getattr(paper_cases, name)(*given)
+
+
+def _windows(name: str) -> Any:
+    import window_cases
+
+    return getattr(window_cases, name)()
 
 
 def _predict() -> Race:
@@ -70,15 +96,42 @@ def _no_cuda() -> str | None:
 
 SMALL_SIZE = "8 layers, 64 hidden, 3x32x32 codes of 512, batch 1, fp32"
 SMALL_CPU = Case(
-    "sample_cpu_small", SMALL_SIZE, "plan", {"naive": 75.0, "cached": None}, open=lambda: _sampling("cpu")
-)
+    "sample_cpu_small", SMALL_SIZE, "native", {"naive": 3000.0, "cached": 30.0, "plan": 15.0},
+    open=lambda: _sampling("cpu"),
+)  # fmt: skip
+PAPER_SLICE = Case(
+    "sample_cpu_paper_slice",
+    "the published top prior (418 M, fresh weights), the last of three 32x32 slices, batch 1, bf16 weights",
+    "native", {"naive": 1000.0, "cached": 5.0},
+    open=lambda: _paper("slice_race"), quick=lambda: _paper("slice_race", ("bfloat16",)),
+)  # fmt: skip
+FIXED_POINT = Case(
+    "fixed_point_steps", "dino64, examples/dino.mp4, 4 futures, all 1,728 codes of each", "native",
+    {"sequential": 2.5}, open=lambda: _windows("fixed_point_race"), missing=lambda: _windows("fixed_point_missing"),
+    ratio_of="passes",
+)  # fmt: skip
+WAVEFRONT = Case(
+    "wavefront_axial", "8 layers, 64 hidden, 2 axial attention layers, 64x64 codes of 512, batch 1, fp32", "native",
+    {"sequential": 12.0}, open=lambda: _windows("wavefront_race"), missing=lambda: _windows("native_missing"),
+    ratio_of="passes",
+)  # fmt: skip
 DEMO_CPU = Case(
     "predict_demo_cpu", "dino64, examples/dino.mp4, 12 frames of 64x64, 1 sample", "predict", {"playback": 1.0},
     open=_predict, missing=_predict_missing,
 )  # fmt: skip
+GPU_TIERS = ("cuda", "triton")
 SMALL_GPU = Case(
-    "sample_gpu_small", SMALL_SIZE, "plan", {"naive": None, "cached": None}, open=lambda: _sampling("cuda"),
-    missing=_no_cuda,
+    "sample_gpu_small", SMALL_SIZE, GPU_TIERS, {"naive": None, "cached": None, "plan": None},
+    open=lambda: _sampling("cuda"), missing=_no_cuda,
+)  # fmt: skip
+CLIP_SIZE = "the published priors (418 M, 241 M, fresh weights), 3x32x32 and 6x64x64 codes, conditioning apart, bf16"
+CLIP_GPU = Case(
+    "sample_gpu_clip_b1", CLIP_SIZE, GPU_TIERS, {"naive": 250.0, "cached": 40.0, "playback": 1.0},
+    open=lambda: _paper("clip_race", 1), missing=_no_cuda,
+)  # fmt: skip
+CLIPS_GPU = Case(
+    "sample_gpu_clip_b16", f"16 clips of {CLIP_SIZE}", GPU_TIERS, {"naive": 700.0, "cached": None},
+    open=lambda: _paper("clip_race", 16), missing=_no_cuda,
 )  # fmt: skip
 VQ_512 = Case(
     "vq_ema_cpu_512", "N=131072 K=512 D=64, fp32, train + EMA", "fastvid",
@@ -106,8 +159,9 @@ VQ_16K = Case(
 )  # fmt: skip
 CASES = [
     VQ_512, VQ_512.one_thread(**{"vector-quantize-pytorch": 40.0}), VQ_8192, VQ_8192.one_thread(),
-    SMALL_CPU, SMALL_CPU.one_thread(), DEMO_CPU, DEMO_CPU.one_thread(),
-    VQ_PAPER, VQ_PAPER_BF16, VQ_16K, SMALL_GPU,
+    SMALL_CPU, SMALL_CPU.one_thread(), PAPER_SLICE, FIXED_POINT, WAVEFRONT, WAVEFRONT.one_thread(),
+    DEMO_CPU, DEMO_CPU.one_thread(),
+    SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K,
 ]  # fmt: skip
 
 
@@ -117,10 +171,11 @@ def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: Non
     if reason:
         return _entry(case, f"missing: {reason}")
     with threads(case.threads) as count:
-        race = case.open()
+        race = case.quick() if case.quick and rounds < FULL_ROUNDS else case.open()
         names = {contestant.name for contestant in race.contestants}
-        if not {case.ours, *case.goal} <= names:
-            raise ValueError(f"{case.name}: wants contestants {case.ours} and {', '.join(case.goal)}, has {names}.")
+        if not {*case.preferred, *case.goal} <= names:
+            wanted = f"{' or '.join(case.preferred)} and {', '.join(case.goal)}"
+            raise ValueError(f"{case.name}: wants contestants {wanted}, has {names}.")
         tell("gate")
         try:
             checked = race.gate()
@@ -128,15 +183,19 @@ def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: Non
             return _entry(case, f"failed: {error}", threads=count)
         times = run_race(race, rounds, tell)
         floor, counted = race.floor() if race.floor else (None, None)
-    rows = [_row(contestant, times.get(contestant.name)) for contestant in race.contestants]
+    rows = [_row(contestant, times.get(contestant.name), race.codes) for contestant in race.contestants]
     return _entry(case, "ok", rows, floor, floor_from=counted, threads=count, checked=checked)
 
 
-def _row(contestant: Contestant, times: Times | None) -> dict[str, Any]:
+def _row(contestant: Contestant, times: Times | None, codes: int | None) -> dict[str, Any]:
     row: dict[str, Any] = {"name": contestant.name}
     if times is not None:
         row |= {"median_s": times.median, "min_s": min(times.seconds), "max_s": max(times.seconds)}
         row |= {"runs": len(times.seconds), "peak_bytes": times.peak_bytes, "extra_bytes": times.extra_bytes}
+        if times.passes:
+            median = statistics.median(times.passes)
+            row["passes"] = {"median": median, "min": min(times.passes), "max": max(times.passes)}
+            row["codes_per_pass"] = codes / median if codes else None
     else:
         row |= dict.fromkeys(("median_s", "min_s", "max_s"), contestant.given)
         row |= {"runs": 0, "peak_bytes": None, "extra_bytes": None}
@@ -145,14 +204,20 @@ def _row(contestant: Contestant, times: Times | None) -> dict[str, Any]:
     elif times is None:
         row["missing"] = contestant.missing or "cannot run here"
     if contestant.scaled_from:
-        row["scaled_from"] = contestant.scaled_from
+        row |= {"scaled_from": contestant.scaled_from, "sampled": contestant.sampled}
     return row
 
 
 def _entry(case: Case, check: str, rows=(), floor=None, **beside) -> dict[str, Any]:
-    medians = {row["name"]: row["median_s"] for row in rows}
-    ours = medians.get(case.ours)
-    ratio = {peer: medians[peer] / ours if ours and medians.get(peer) else None for peer in case.goal}
+    figures = {row["name"]: _figure(row, case.ratio_of) for row in rows}
+    name = next((name for name in case.preferred if figures.get(name)), case.preferred[0])
+    ours = figures.get(name)
+    ratio = {peer: figures[peer] / ours if ours and figures.get(peer) else None for peer in case.goal}
     entry = {"case": case.name, "size": case.size, "check": check, "contestants": list(rows), "ratio": ratio}
-    entry |= {"floor_s": floor, "goal": dict(case.goal), "ours": case.ours}
+    entry |= {"floor_s": floor, "goal": dict(case.goal), "ours": name}
+    entry |= {"ratio_of": case.ratio_of} if case.ratio_of != "seconds" else {}
     return entry | ({"extra_limit_bytes": case.extra_limit} if case.extra_limit else {}) | beside
+
+
+def _figure(row: dict[str, Any], of: str) -> float | None:
+    return row["median_s"] if of == "seconds" else row.get("passes", {}).get("median")

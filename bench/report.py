@@ -45,10 +45,16 @@ def notes(case: dict[str, Any]) -> list[str]:
     lines = []
     for row in case["contestants"]:
         if "scaled_from" in row:
-            lines.append(f"  {row['name']}: {row['scaled_from']} codes a run, spread over the grid, scaled up to all")
+            where = row.get("sampled", "spread over the grid")
+            lines.append(f"  {row['name']}: {row['scaled_from']} codes a run, {where}, scaled up to all")
         if row.get("given"):
             lines.append(f"  {row['name']}: a given time, not a program's")
     ours = next(row for row in case["contestants"] if row["name"] == case["ours"])
+    if counted := [row for row in case["contestants"] if row.get("passes")]:
+        told = [f"{row['name']} {row['passes']['median']:,.0f}{_settled(row)}" for row in counted]
+        lines.append(f"  sequential evaluations (codes settled by each): {', '.join(told)}")
+    if case.get("ratio_of") == "passes":
+        lines.append(f"  ratio and goal are of evaluations; in time {_in_time(case, ours)}")
     limit, extra = case.get("extra_limit_bytes"), ours.get("extra_bytes")
     if limit and extra is not None:
         verdict = "met" if extra <= limit else "missed"
@@ -58,6 +64,15 @@ def notes(case: dict[str, Any]) -> list[str]:
         counted = f" ({case['floor_from']})" if case.get("floor_from") else ""
         lines.append(f"  floor {seconds(case['floor_s'])}{counted}: {case['ours']} reaches {share:.3g} of it")
     return lines
+
+
+def _settled(row: dict[str, Any]) -> str:
+    return f" ({row['codes_per_pass']:.3g})" if row.get("codes_per_pass") else ""
+
+
+def _in_time(case: dict[str, Any], ours: dict[str, Any]) -> str:
+    known = [row for row in case["contestants"] if row["name"] in case["ratio"] and row["median_s"]]
+    return ", ".join(f"{row['name']} {times(row['median_s'] / ours['median_s'])}" for row in known if ours["median_s"])
 
 
 def mebibytes(count: int) -> str:
@@ -154,7 +169,8 @@ def _lines(results: dict[str, Any]) -> Iterator[tuple[str, float | None, float |
         if ratios:
             yield case["case"], None, None
         for peer, ratio in ratios.items():
-            yield f"against {peer}", ratio, case["goal"][peer]
+            of = " (evaluations)" if case.get("ratio_of") == "passes" else ""
+            yield f"against {peer}{of}", ratio, case["goal"][peer]
 
 
 def _align(column: int, word: str, width: int) -> str:

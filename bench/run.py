@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-ROUNDS, QUICK_ROUNDS = 7, 3
+QUICK_ROUNDS = 3
 PACKAGES = ("torch", "triton", "numpy", "av", "vector-quantize-pytorch", "axial-attention", "faiss-cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,19 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the results; a folder names the file itself")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with earlier results")
     parser.add_argument("--tune", action="store_true", help="tune the kernels for this device")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds in place of {ROUNDS}")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds, some cases smaller")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of the ratios; needs matplotlib")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all tables")
     return parser
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from cases import CASES
+    from cases import CASES, FULL_ROUNDS
 
     cases = _chosen(CASES, asked.case)
     if asked.list:
         for case in cases:
-            print(f"{case.name:24} {case.size}; {case.ours} against {', '.join(case.goal)}{_note(case.missing())}")
+            against = f"{' or '.join(case.preferred)} against {', '.join(case.goal)}"
+            print(f"{case.name:24} {case.size}; {against}{_note(case.missing())}")
         return 0
     if asked.tune:
         from tune import tune
@@ -79,7 +80,7 @@ def _run(asked: argparse.Namespace) -> int:
     if asked.plot and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot needs matplotlib; install it with: pip install 'fastvid-torch[bench]'.")
     old = read_results(asked.against) if asked.against else None
-    results = run_cases(cases, QUICK_ROUNDS if asked.quick else ROUNDS, asked.json and result_file(asked.json))
+    results = run_cases(cases, QUICK_ROUNDS if asked.quick else FULL_ROUNDS, asked.json and result_file(asked.json))
     _write_reports(results, asked)
     failed = any(case["check"].startswith("failed") for case in results["cases"])
     return 1 if failed else 0 if old is None else _against(results, old)

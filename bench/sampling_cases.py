@@ -1,17 +1,18 @@
-"""The sampling race: every code of a small gated prior by the naive sampler, by caches alone, and by fastvid's plan."""
+"""The sampling race: every code of a small gated prior by the naive sampler, by caches alone, and by fastvid."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from cached_pixelcnn import CachedPixelCNN, sample_cached
+from floors import operations
 from peak import floor
 from timing import Contestant, GateError, Race, threads
 from torch import Tensor
 
 from fastvid import ops
 from fastvid.nn import GatedPixelStack, GatedStackConfig
-from fastvid.sampling import NARROW, Noise, SamplingPlan, sample, sample_naive
+from fastvid.ops._op import SERVES
+from fastvid.sampling import Noise, pack_stack, sample_grid, sample_naive
 
 SMALL = GatedStackConfig(
     codes=512, channels=64, layers=8, kernel=3, time_kernel=3, condition_channels=64, attention_every=0
@@ -19,7 +20,11 @@ SMALL = GatedStackConfig(
 GRID = (3, 32, 32)
 GATE_GRID = (3, 4, 5)  # the naive sampler itself is asked for these many codes only
 NAIVE_CODES = 8  # a naive run draws this many of the grid's codes; every code costs it the same
+NARROW = 256  # channels below which a peer's products are too small to share between threads
 TOLERANCE = 1e-5
+FRESH = "fresh weights: the noise decides most draws, which favours windows; sequential is the kernel alone"
+CPU_TIERS = {"plan": ("reference", 0), "native": ("cpu", 0), "sequential": ("cpu", 1)}  # name -> backend, window
+GPU_TIERS = {"plan": ("reference", 0), "triton": ("triton", 0), "cuda": ("cuda", 0), "sequential": ("cuda", 1)}
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,11 @@ class Inputs:
     gumbel: list[Tensor]
 
 
-def small_stack(device: str) -> GatedPixelStack:
-    """The case's prior with the same fresh weights in every run."""
+def fresh_stack(config: GatedStackConfig, device: str = "cpu") -> GatedPixelStack:
+    """A stack with the same fresh weights in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stack = GatedPixelStack(SMALL)
+        stack = GatedPixelStack(config)
     return stack.eval().requires_grad_(False).to(device)
 
 
@@ -44,22 +49,59 @@ def sampling_race(
     device: str = "cpu", stack: GatedPixelStack | None = None, grid: tuple[int, int, int] = GRID
 ) -> Race:
     """Batch 1, float32. Tests give a smaller stack and grid."""
-    stack = stack or small_stack(device)
+    stack = stack or fresh_stack(SMALL, device)
     total = grid[0] * grid[1] * grid[2]
     positions = _spread(grid, min(NAIVE_CODES, total))
+    tiers = CPU_TIERS if device == "cpu" else GPU_TIERS
+    condition = _inputs(stack, grid, [], 0, device).condition
+    why = {backend: why_not(stack, condition, backend) for backend, _ in tiers.values()}
+    able = {name: tier for name, tier in tiers.items() if why[tier[0]] is None}
+    naive = Contestant(
+        "naive", lambda given: _naive_codes(stack, given, positions), scaled_from=len(positions), whole=total
+    )
     return Race(
-        gate=lambda: _gate(stack, grid, device),
+        gate=lambda: _gate(stack, grid, device, able),
         inputs=lambda number: _inputs(stack, grid, positions, number, device),
         contestants=[
-            Contestant(
-                "naive", lambda given: _naive_codes(stack, given, positions), scaled_from=len(positions), whole=total
-            ),
+            naive,
             Contestant("cached", lambda given: _cached_codes(stack, given)),
-            Contestant("plan", lambda given: sample(stack, given.condition, given.noise)),
+            *(_contestant(stack, name, tier, why[tier[0]]) for name, tier in tiers.items()),
         ],
-        floor=lambda: floor(2.0 * _weights(stack) * total, 0.0, device, torch.get_num_threads()),
+        floor=lambda: floor(operations(stack, grid), 0.0, device, torch.get_num_threads()),
         device=device,
+        codes=total,
     )
+
+
+def why_not(stack: GatedPixelStack, condition: Tensor, backend: str, weights: str = "float32") -> str | None:
+    """Why a backend of the sampler cannot run here, in a few words; None where it can."""
+    if backend not in {known.name for known in ops.pixelcnn_sample.backends}:
+        return f"the sampler has no backend {backend}"
+    samples = torch.arange(len(condition), device=condition.device)
+    told = ops.pixelcnn_sample.reasons(*pack_stack(stack, weights), condition, samples, backend=backend)[backend]
+    return None if told == SERVES else told
+
+
+def native_missing() -> str | None:
+    """Why the native backend cannot run on this machine's processor; None where it can."""
+    config = GatedStackConfig(codes=4, channels=8, layers=1, condition_channels=1, attention_every=0)
+    return why_not(fresh_stack(config), torch.zeros(1, 1, 1, 1, 1), "cpu")
+
+
+def passes_of(sampled) -> float:
+    """Sequential evaluations that a grid took."""
+    return float(sampled.passes.sum())
+
+
+def _contestant(stack: GatedPixelStack, name: str, tier: tuple[str, int], missing: str | None) -> Contestant:
+    if missing:
+        return Contestant(name, missing=missing)
+    return Contestant(name, lambda given: _tier(stack, given, tier), passes=passes_of)
+
+
+def _tier(stack: GatedPixelStack, given: Inputs, tier: tuple[str, int]):
+    backend, window = tier
+    return sample_grid(stack, given.condition, given.noise, weights="float32", window=window, backend=backend)
 
 
 def _spread(grid: tuple[int, int, int], count: int) -> list[tuple[int, int, int]]:
@@ -88,55 +130,57 @@ def _naive_codes(stack: GatedPixelStack, given: Inputs, positions) -> Tensor:
 
 
 def _cached_codes(stack: GatedPixelStack, given: Inputs) -> Tensor:
-    # fastvid samples narrow stacks on one thread: a peer that had to share its small products would lose by that alone
+    # handing out small products costs more than they do: with more threads the peer would lose by that alone
     with threads(1 if stack.config.channels < NARROW else None):
         return sample_cached(stack, given.condition, given.noise)
 
 
-def _weights(stack: GatedPixelStack) -> int:
-    """Multiplications that every code needs: each weight matrix once, the embedding's rows being copied."""
-    matrices = (p for name, p in stack.named_parameters() if p.ndim > 1 and not name.startswith("embed."))
-    return sum(p.numel() for p in matrices)
-
-
 @torch.no_grad()
-def _gate(stack: GatedPixelStack, grid: tuple[int, int, int], device: str) -> str:
-    """The naive sampler's codes on a small grid; on the whole grid its decisions and its logits."""
-    classes = stack.config.codes
-    small = _inputs(stack, GATE_GRID, [], 0, device)
+def _gate(stack: GatedPixelStack, grid: tuple[int, int, int], device: str, able: dict[str, tuple[str, int]]) -> str:
+    """The naive sampler's codes on a small grid; on the whole grid its decisions and its log-probabilities."""
+    small, whole = (_inputs(stack, size, [], 0, device) for size in (GATE_GRID, grid))
     naive = sample_naive(stack, small.condition, small.noise)
-    samplers: dict[str, Callable] = {"cached": sample_cached, "plan": sample}
-    whole = _inputs(stack, grid, [], 0, device)
-    forward = stack(whole.codes, whole.condition)
-    worst = 0.0
-    for name, sampler in samplers.items():
-        if not torch.equal(sampler(stack, small.condition, small.noise), naive):
+    if not torch.equal(sample_cached(stack, small.condition, small.noise), naive):
+        raise GateError(f"cached does not draw the naive codes on a grid of {GATE_GRID}")
+    _decided("cached", stack, whole, sample_cached(stack, whole.condition, whole.noise))
+    errors = [_within("cached", (_stepped(stack, whole) - stack(whole.codes, whole.condition)).abs().max().item())]
+    for name, tier in able.items():
+        if not torch.equal(_tier(stack, small, tier).codes, naive):
             raise GateError(f"{name} does not draw the naive codes on a grid of {GATE_GRID}")
-        error = (_stepped(name, stack, whole) - forward).abs().max().item()
-        if not error <= TOLERANCE:
-            raise GateError(f"{name} has logits {error:.1e} away from the network's, more than {TOLERANCE:.0e}")
-        worst = max(worst, error)
-        # each code of a naive run is the best under logits that see only the codes before it: one forward tells all
-        codes = sampler(stack, whole.condition, whole.noise)
-        rows = [whole.noise.row(t, y, grid[2], classes, codes.device) for t in range(grid[0]) for y in range(grid[1])]
-        scores = stack(codes, whole.condition) + torch.stack(rows, dim=1).unflatten(1, grid[:2])
-        regret = (scores.amax(-1) - scores.gather(-1, codes.unsqueeze(-1)).squeeze(-1)).max().item()
-        if not regret <= 2 * TOLERANCE:
-            raise GateError(f"{name} draws a code that scores {regret:.1e} below the naive sampler's choice")
-    return f"codes as naive's, logits within {worst:.1e} of the network's"
+        sampled = _tier(stack, whole, tier)
+        logits = _decided(name, stack, whole, sampled.codes)
+        logprob = torch.log_softmax(logits, dim=-1).gather(-1, sampled.codes.unsqueeze(-1)).squeeze(-1)
+        errors.append(_within(name, (sampled.logprob - logprob).abs().max().item()))
+    return f"codes as naive's, logits within {max(errors):.1e} of the network's; {FRESH}"
+
+
+def _decided(name: str, stack: GatedPixelStack, given: Inputs, codes: Tensor) -> Tensor:
+    """The network's logits for drawn codes; each code must be the best under those of its own place."""
+    # every logit sees only the codes before it, so that one forward judges all the draws of a naive run
+    logits, (_, T, H, W) = stack(codes, given.condition), codes.shape
+    rows = [given.noise.row(t, y, W, stack.config.codes, codes.device) for t in range(T) for y in range(H)]
+    scores = logits + torch.stack(rows, dim=1).unflatten(1, (T, H))
+    regret = (scores.amax(-1) - scores.gather(-1, codes.unsqueeze(-1)).squeeze(-1)).max().item()
+    if not regret <= 2 * TOLERANCE:
+        raise GateError(f"{name} draws a code that scores {regret:.1e} below the naive sampler's choice")
+    return logits
+
+
+def _within(name: str, error: float) -> float:
+    if not error <= TOLERANCE:
+        raise GateError(f"{name} has logits {error:.1e} away from the network's, more than {TOLERANCE:.0e}")
+    return error
 
 
 @torch.no_grad()
-def _stepped(name: str, stack: GatedPixelStack, given: Inputs) -> Tensor:
-    """Teacher-forced logits by the steps of a sampler. -> [1, T, H, W, K]."""
-    walker = (CachedPixelCNN if name == "cached" else SamplingPlan)(stack, given.condition)
+def _stepped(stack: GatedPixelStack, given: Inputs) -> Tensor:
+    """Teacher-forced logits by the steps of the cached peer. -> [1, T, H, W, K]."""
+    walker = CachedPixelCNN(stack, given.condition)
     _, T, H, W = given.codes.shape
     logits = []
     for t in range(T):
-        if name == "plan":
-            walker.frame(t)
         for y in range(H):
-            walker.row(*((t, y) if name == "cached" else (y,)))
+            walker.row(t, y)
             for x in range(W):
                 logits.append(walker.pixel(x))
                 walker.put(x, given.codes[:, t, y, x])

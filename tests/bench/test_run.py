@@ -61,7 +61,8 @@ def test_json_of_a_quick_run(tmp_path, only, capsys):
     measured, later = results["cases"]
     assert measured.keys() >= CASE and later.keys() >= CASE
     rows = {row["name"]: row for row in measured["contestants"]}
-    assert set(rows) == {"naive", "cached", "plan", "faiss"} and all(row.keys() >= CONTESTANT for row in rows.values())
+    assert set(rows) == {"naive", "cached", "plan", "native", "sequential", "faiss"}
+    assert all(row.keys() >= CONTESTANT for row in rows.values())
     for name in ("naive", "cached", "plan"):
         assert rows[name]["runs"] == 3 and 0 < rows[name]["min_s"] <= rows[name]["median_s"] <= rows[name]["max_s"]
         assert rows[name]["peak_bytes"] is None or rows[name]["peak_bytes"] >= 0
@@ -87,39 +88,6 @@ def test_a_failed_gate_is_no_result(only, tmp_path, capsys):
     assert "failed: plan does not draw the naive codes" in capsys.readouterr().out
 
 
-def test_the_gate_holds(device):
-    with torch.no_grad():
-        assert "codes as naive's" in tiny_race(device.type).gate()
-
-
-@pytest.mark.parametrize("sampler", ["sample_cached", "sample"])
-def test_the_gate_sees_wrong_codes(monkeypatch, sampler):
-    right = getattr(sampling_cases, sampler)
-    monkeypatch.setattr(sampling_cases, sampler, lambda *given: right(*given).roll(1, dims=-1))
-    with pytest.raises(GateError, match="naive"):
-        tiny_race().gate()
-
-
-@pytest.mark.parametrize("walker", ["CachedPixelCNN", "SamplingPlan"])
-def test_the_gate_sees_wrong_logits(monkeypatch, walker):
-    class Wrong(getattr(sampling_cases, walker)):
-        def pixel(self, x):
-            return super().pixel(x) + 1e-3 * (x == 4)
-
-    monkeypatch.setattr(sampling_cases, walker, Wrong)
-    with pytest.raises(GateError, match="logits"):
-        tiny_race().gate()
-
-
-def test_the_cached_peer_has_the_threads_of_the_plan(monkeypatch):
-    seen = []
-    monkeypatch.setattr(sampling_cases, "sample_cached", lambda *_: seen.append(torch.get_num_threads()))
-    with threads(3):
-        race = tiny_race()
-        {contestant.name: contestant for contestant in race.contestants}["cached"].run(race.inputs(0))
-        assert seen == [1] and torch.get_num_threads() == 3
-
-
 def test_contestants_take_turns_on_shared_fresh_inputs():
     seen = []
     contestants = [Contestant(name, lambda given, name=name: seen.append((name, given))) for name in "AB"]
@@ -130,7 +98,7 @@ def test_contestants_take_turns_on_shared_fresh_inputs():
 
 
 def test_times_are_scaled_up(monkeypatch):
-    monkeypatch.setattr("timing.seconds_of", lambda work, device: 0.5)
+    monkeypatch.setattr("timing.timed", lambda work, device: (0.5, None))
     half = Contestant("half", lambda _: None, scaled_from=8, whole=3072)
     assert run_race(Race(lambda: "", int, [half]), 1)["half"].seconds == [0.5 * 384]
 
@@ -179,7 +147,7 @@ def test_reports(only, tmp_path):
     assert told == 0 and (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "r.html").read_text()
     assert "&lt;b&gt;" in page and "<b>" not in page and "missing: gone" in page
-    assert len(re.findall(r"<i style", page)) == 3 and "faiss-cpu is not installed" in page
+    assert len(re.findall(r"<i style", page)) >= 3 and "faiss-cpu is not installed" in page
 
 
 def test_a_plot_without_matplotlib(only, monkeypatch, capsys, tmp_path):
