@@ -1,10 +1,18 @@
 // Gumbel noise by counter, and the draw of a code. reference.py beside this file is the definition of both.
+//
+// A draw needs exact noise, two logarithms in double, only for the classes that may come first or second. So all classes
+// get an approximation first, whose error over all 2^24 uniform numbers is below NOISE_ERROR: tests/native/sampler_math.cpp
+// goes through every one of them, as it does for the exact noise.
 #pragma once
 
 #include "common/math.h"
+#include "common/numbers.h"
 
 namespace fastvid::FASTVID_LEVEL {
 namespace {
+
+constexpr int64_t CLASSES = 4 * LANES;  // of a step: the noise of two vectors of counters
+constexpr float NOISE_ERROR = 2e-5f;
 
 // Where a code is drawn: what its noise is a function of.
 struct Place {
@@ -18,70 +26,289 @@ struct Drawn {
     float logprob;  // log softmax of the logits at the code
 };
 
-struct Counter {
-    uint32_t word[4];
+// Four words of each counter, in the low halves of the lanes.
+struct Words {
+    Longs word[4];
 };
 
-// Philox4x32-10
-inline Counter philox(Counter counter, uint64_t key) {
-    uint32_t* c = counter.word;
+// The product of the low halves of two lanes.
+inline Longs multiply_low(Longs a, Longs b) {
+#if defined(FASTVID_X86) && defined(__AVX512BW__)
+    return (Longs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(FASTVID_X86) && defined(__AVX2__)
+    return (Longs)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(FASTVID_X86)
+    return (Longs)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// Philox4x32-10 of a vector of counters. High halves are ignored, and hold nothing of use afterwards.
+inline Words philox(Words counter, uint64_t key) {
+    Longs c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
     uint32_t low = (uint32_t)key, high = (uint32_t)(key >> 32);
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = (uint64_t)c[0] * 0xD2511F53, p1 = (uint64_t)c[2] * 0xCD9E8D57;
-        counter = {{(uint32_t)(p1 >> 32) ^ c[1] ^ low, (uint32_t)p1, (uint32_t)(p0 >> 32) ^ c[3] ^ high, (uint32_t)p0}};
+        const Longs p0 = multiply_low(c0, repeat((uint64_t)0xD2511F53));
+        const Longs p1 = multiply_low(c2, repeat((uint64_t)0xCD9E8D57));
+        c0 = (p1 >> 32) ^ c1 ^ repeat((uint64_t)low);
+        c2 = (p0 >> 32) ^ c3 ^ repeat((uint64_t)high);
+        c1 = p1;
+        c3 = p0;
         low += 0x9E3779B9;
         high += 0xBB67AE85;
     }
-    return counter;
+    return {{c0, c1, c2, c3}};
+}
+
+// Words 0 and 1 of counters, and words 2 and 3, to the classes' order: of counters 0, 1 .. in lanes 0, DOUBLES / 2, 1, ..
+inline void interleave(Longs first, Longs last, uint32_t* to) {
+#if defined(FASTVID_X86) && defined(__AVX512BW__)
+    store(to, _mm512_unpacklo_epi64((__m512i)first, (__m512i)last));
+    store(to + LANES, _mm512_unpackhi_epi64((__m512i)first, (__m512i)last));
+#elif defined(FASTVID_X86) && defined(__AVX2__)
+    store(to, _mm256_unpacklo_epi64((__m256i)first, (__m256i)last));
+    store(to + LANES, _mm256_unpackhi_epi64((__m256i)first, (__m256i)last));
+#elif defined(FASTVID_X86)
+    store(to, _mm_unpacklo_epi64((__m128i)first, (__m128i)last));
+    store(to + LANES, _mm_unpackhi_epi64((__m128i)first, (__m128i)last));
+#else
+    for (int lane = 0; lane < DOUBLES; ++lane) {
+        const uint64_t pair[2] = {first[lane], last[lane]};
+        __builtin_memcpy(to + (lane % 2 * (DOUBLES / 2) + lane / 2) * 4, pair, sizeof pair);
+    }
+#endif
+}
+
+// The upper 24 bits of the words of classes first .. first + count; `first` is a multiple of CLASSES, and `to` has room
+// for `count` rounded up to one.
+inline void uniform_bits(const Place& place, int64_t first, int64_t count, uint32_t* to) {
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    Longs quads = repeat((uint64_t)((place.stream << 16) + (uint32_t)(first / 4)));
+    for (int lane = 0; lane < DOUBLES; ++lane) quads[lane] += (uint64_t)(lane % 2 * (DOUBLES / 2) + lane / 2);
+    const Longs column = repeat((uint64_t)(place.x + (place.y << 16))), t = repeat((uint64_t)place.t);
+    const Longs sample = repeat((uint64_t)place.sample), low = repeat((uint64_t)0xffffffff);
+    for (int64_t k = 0; k < count; k += CLASSES) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const Words words = philox({{quads, column, t, sample}}, place.seed);
+            const Longs front = (words.word[0] & low) | words.word[1] << 32;
+            const Longs back = (words.word[2] & low) | words.word[3] << 32;
+            interleave((Longs)((Bits)front >> 8), (Longs)((Bits)back >> 8), to + k + half * 2 * LANES);
+            quads += repeat((uint64_t)DOUBLES);
+        }
+    }
+}
+
+// -log(-log(u)) for u = (bits + 1/2) / 2^24, rounded once from double. Reads and writes `count` rounded up to CLASSES.
+inline void exact_noise(const uint32_t* bits, int64_t count, float* to) {
+    typedef int32_t Halfs __attribute__((vector_size(VECTOR_BYTES / 2)));
+    typedef float Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+    for (int64_t k = 0; k < count; k += DOUBLES) {
+        const Doubles number = __builtin_convertvector(load<Halfs>(bits + k), Doubles) + 0.5;
+        store(to + k, __builtin_convertvector(-log(-log(number * 0x1p-24)), Halves));
+    }
+}
+
+// The same for a vector, within NOISE_ERROR.
+inline Floats rough_noise(Ints bits) {
+    const Ints near = bits >= 0x800000;  // u >= 1/2: there its distance from 1 counts
+    const Floats number = __builtin_convertvector(near ? bits - 0x1000000 : bits, Floats) + 0.5f;  // exact
+    // u = 2^-octaves (1 + f) with f in [-1/2, 0)
+    const Ints raw = (Ints)number;
+    const Floats fraction = (Floats)((raw & 0x7fffff) | (126 << 23)) - 1.0f;
+    const Floats octaves = __builtin_convertvector(near ? raw ^ raw : 150 - (raw >> 23), Floats);
+    const Floats f = near ? number * 0x1p-24f : fraction;
+    // log(1 + f) / f, within 2^-19 of it
+    const float of_f[] = {1.00000116f, -0.499789738f, 0.33954118f, -0.182155028f,
+                          0.5434861f,  0.674793551f,  1.01516284f};
+    const Floats e = octaves * 0x1.62e43p-1f - f * polynomial(of_f, f);  // -log(u)
+    // log(m) for m in [1, 2), within 2^-16
+    const float of_m[] = {-1.94106444f, 3.52930499f, -2.4612221f, 1.13062617f, -0.288739945f, 0.0311040164f};
+    const Floats m = (Floats)(((Ints)e & 0x7fffff) | (127 << 23));
+    const Floats power = __builtin_convertvector(((Ints)e >> 23) - 127, Floats);
+    return -multiply_add(power, repeat(0x1.62e43p-1f), polynomial(of_m, m));
 }
 
 // The noise of K classes, exactly. to: [K].
 inline void gumbel(const Place& place, int64_t K, float* to) {
-    Counter words = {};
-    for (int64_t k = 0; k < K; ++k) {
-        if (k % 4 == 0)
-            words = philox({{(uint32_t)(k / 4) + (place.stream << 16), place.x + (place.y << 16), place.t,
-                             place.sample}}, place.seed);
-        const double uniform = ((words.word[k % 4] >> 8) + 0.5) * 0x1p-24;
-        to[k] = (float)-__builtin_log(-__builtin_log(uniform));
+    constexpr int64_t STEP = 8 * CLASSES;
+    uint32_t bits[STEP];
+    float noise[STEP];
+    for (int64_t k = 0; k < K; k += STEP) {
+        const int64_t count = K - k < STEP ? K - k : STEP;
+        uniform_bits(place, k, count, bits);
+        exact_noise(bits, count, count < STEP ? noise : to + k);
+        if (count < STEP) __builtin_memcpy(to + k, noise, (size_t)count * sizeof(float));
     }
+}
+
+// A vector of row [K] from k on, lowest where the row has ended.
+inline Floats load_some(const float* row, int64_t K, int64_t k) {
+    if (k + LANES <= K) return load<Floats>(row + k);
+    Floats some = repeat(-__builtin_inff());
+    __builtin_memcpy(&some, row + k, (size_t)(K - k) * sizeof(float));
+    return some;
+}
+
+inline float largest_lane(Floats v) { return -smallest_lane(-v); }
+
+inline float largest_of(const float* row, int64_t K) {
+    Floats largest = load_some(row, K, 0);
+    for (int64_t k = LANES; k < K; k += LANES) largest = larger(load_some(row, K, k), largest);
+    return largest_lane(largest);
+}
+
+// The logarithm of sum exp(logits - largest); NaN where a logit is NaN or infinite, or all are minus infinity.
+inline float log_sum(const float* logits, int64_t K, float largest) {
+    Floats sums[4] = {};
+    const Floats most = repeat(largest);
+    int64_t k = 0;
+    for (; k + 4 * LANES <= K; k += 4 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sums[i] += exp_of_negative(load<Floats>(logits + k + i * LANES) - most);
+    for (; k < K; k += LANES) sums[0] += exp_of_negative(load_some(logits, K, k) - most);
+    const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all += sum[lane];
+    return (float)__builtin_log(all);
 }
 
 // Log softmax of logits [K] at a code.
 inline float logprob_of(const float* logits, int64_t K, int64_t code) {
-    double largest = logits[0], sum = 0;
-    for (int64_t k = 0; k < K; ++k) largest = logits[k] > largest ? logits[k] : largest;
-    for (int64_t k = 0; k < K; ++k) sum += __builtin_exp(logits[k] - largest);
-    return (float)(logits[code] - largest - __builtin_log(sum));
+    const float largest = largest_of(logits, K);
+    return logits[code] - largest - log_sum(logits, K, largest);
+}
+
+// The two largest scores of each lane, and where the largest was met first.
+struct Leaders {
+    Floats best, second;
+    Ints index;
+
+    inline void meet(Floats score, Ints at) {
+        const Ints ahead = score > best;
+        second = larger(smaller(score, best), second);
+        index = ahead ? at : index;
+        best = larger(score, best);
+    }
+};
+
+// A NaN counts as larger than any number, as in torch: the first one is drawn.
+inline Drawn settle(const Leaders& leaders, int64_t K, bool nan_free, const float* logits, const float* noise,
+                    float temperature) {
+    float best = -__builtin_inff(), second = best;
+    Drawn drawn = {K, 0, 0};
+    for (int lane = 0; lane < LANES; ++lane) {
+        const float score = leaders.best[lane], other = leaders.second[lane];
+        const bool ahead = score > best || (score == best && leaders.index[lane] < drawn.code);
+        const float behind = ahead ? best : score;
+        second = behind > second ? behind : second;
+        second = other > second ? other : second;
+        drawn.code = ahead ? leaders.index[lane] : drawn.code;
+        best = ahead ? score : best;
+    }
+    drawn.margin = best - second;
+    for (int64_t k = K - 1; !nan_free && k >= 0; --k)
+        if (__builtin_isnan(logits[k] / temperature + noise[k])) drawn = {k, __builtin_nanf(""), 0};
+    return drawn;
 }
 
 // The code with the largest logits[k] / temperature + noise[k], lowest index on ties, and its margin; no logprob.
 inline Drawn draw_with(const float* logits, const float* noise, int64_t K, float temperature) {
-    Drawn drawn = {0, __builtin_inff(), 0};
-    float best = logits[0] / temperature + noise[0], second = -__builtin_inff();
-    for (int64_t k = 1; k < K; ++k) {
-        const float score = logits[k] / temperature + noise[k];
-        if (score > best) {
-            second = best;
-            best = score;
-            drawn.code = k;
-        } else if (score > second) {
-            second = score;
-        }
+    Leaders leaders = {repeat(-__builtin_inff()), repeat(-__builtin_inff()), {}};
+    Ints at, nan = {};
+    for (int lane = 0; lane < LANES; ++lane) at[lane] = lane;
+    leaders.index = at;
+    for (int64_t k = 0; k < K; k += LANES, at += LANES) {
+        const Floats score = load_some(logits, K, k) / temperature + load_some(noise, K, k);
+        nan |= score != score;
+        leaders.meet(score, at);
     }
-    if (K > 1) drawn.margin = best - second;
-    return drawn;
+    int32_t some = 0;
+    for (int lane = 0; lane < LANES; ++lane) some |= nan[lane];
+    return settle(leaders, K, !some, logits, noise, temperature);
 }
 
+inline int64_t padded_classes(int64_t K) { return (K + CLASSES - 1) / CLASSES * CLASSES; }
+
 // Bytes of scratch that `draw` wants for K classes.
-inline int64_t draw_bytes(int64_t K) { return (K + 15) / 16 * 16 * 2 * (int64_t)sizeof(float); }
+inline int64_t draw_bytes(int64_t K) { return (K + 63) / 64 * 64 * 2 * (int64_t)sizeof(float); }
+
+constexpr int MOST_CANDIDATES = 16;
+
+struct Candidates {
+    int count;
+    int32_t code[MOST_CANDIDATES];
+};
+
+// Classes whose score reaches `least`; a count above MOST_CANDIDATES says that there are more.
+inline Candidates reaching(const float* scores, int64_t K, float least) {
+    Candidates found = {};
+    for (int64_t k = 0; k < K; k += LANES) {
+        uint32_t reached = lanes_at_most(repeat(least), load<Floats>(scores + k));
+        for (; reached; reached &= reached - 1) {
+            if (found.count == MOST_CANDIDATES) return {MOST_CANDIDATES + 1, {}};
+            found.code[found.count++] = (int32_t)k + __builtin_ctz(reached);
+        }
+    }
+    return found;
+}
+
+// The draw among candidates, which are in rising order and hold the first and the second.
+inline Drawn draw_among(const Candidates& candidates, const float* logits, float temperature, const uint32_t* bits) {
+    alignas(64) uint32_t kept[MOST_CANDIDATES + CLASSES] = {};
+    alignas(64) float noise[MOST_CANDIDATES + CLASSES];
+    for (int i = 0; i < candidates.count; ++i) kept[i] = bits[candidates.code[i]];
+    exact_noise(kept, candidates.count, noise);
+    Drawn drawn = {0, 0, 0};
+    float best = -__builtin_inff(), second = best;
+    for (int i = 0; i < candidates.count; ++i) {
+        const float score = logits[candidates.code[i]] / temperature + noise[i];
+        second = score > best ? best : score > second ? score : second;
+        drawn.code = score > best ? candidates.code[i] : drawn.code;
+        best = score > best ? score : best;
+    }
+    drawn.margin = best - second;
+    return drawn;
+}
 
 // The draw at a place: that of draw_with for the noise of `gumbel`, to the last bit, and its logprob.
 // scratch: draw_bytes(K), on a boundary of 64 bytes.
 inline Drawn draw(const float* logits, int64_t K, float temperature, const Place& place, void* scratch) {
-    gumbel(place, K, (float*)scratch);
-    Drawn drawn = draw_with(logits, (const float*)scratch, K, temperature);
-    drawn.logprob = logprob_of(logits, K, drawn.code);
+    uint32_t* bits = (uint32_t*)scratch;
+    float* scores = (float*)scratch + padded_classes(K);
+    uniform_bits(place, 0, K, bits);
+    Floats best = repeat(-__builtin_inff()), second = best, largest = best;
+    for (int64_t k = 0; k < K; k += LANES) {
+        const Floats logit = load_some(logits, K, k);
+        const Floats scaled = temperature == 1 ? logit : logit / temperature;
+        const Floats score = scaled + rough_noise(load<Ints>(bits + k));
+        store(scores + k, score);
+        largest = larger(logit, largest);
+        second = larger(smaller(score, best), second);
+        best = larger(score, best);
+    }
+    const float most = largest_lane(largest), sum = log_sum(logits, K, most);
+    float first = -__builtin_inff(), next = first;
+    for (int lane = 0; lane < LANES; ++lane) {
+        const float score = best[lane], behind = score > first ? first : score;
+        next = behind > next ? behind : next;
+        next = second[lane] > next ? second[lane] : next;
+        first = score > first ? score : first;
+    }
+    // whoever is second in truth is within two errors of who seems to be; an error grows with the score's own rounding
+    const float reach = 2.1f * NOISE_ERROR + 0x1p-20f * __builtin_fabsf(next);
+    const bool finite = sum == sum && next > -__builtin_inff() && first < __builtin_inff();
+    const Candidates candidates = finite ? reaching(scores, K, next - reach) : Candidates{MOST_CANDIDATES + 1, {}};
+    Drawn drawn;
+    if (candidates.count <= MOST_CANDIDATES) {
+        drawn = draw_among(candidates, logits, temperature, bits);
+    } else {
+        gumbel(place, K, scores);
+        drawn = draw_with(logits, scores, K, temperature);
+    }
+    drawn.logprob = logits[drawn.code] - most - sum;
     return drawn;
 }
 

@@ -15,6 +15,8 @@ constexpr int MOST_ROWS = PIECES < 4 ? 6 : 3;  // of a tile
 constexpr int MOST_PANELS = 6;
 constexpr int MOST_SUMS = PIECES == 1 ? 24 : 12;  // accumulators of a tile: what leaves registers for the rest
 
+constexpr int64_t PREFETCH_BYTES = 8192;  // how far ahead of its use a weight is asked for
+
 enum WeightType : int32_t { WEIGHTS_FLOAT32 = 0, WEIGHTS_BFLOAT16 = 1, WEIGHTS_INT8 = 2 };
 
 // A packed matrix of taps * width rows.
@@ -150,6 +152,8 @@ void tile(const Product& product, int64_t row, int64_t panel) {
 #pragma GCC unroll 6
             for (int p = 0; p < PANELS; ++p) {
                 Floats w[PIECES];
+                // fewer rows read several panels at once, which keeps more requests under way than this does
+                if (ROWS >= 4) __builtin_prefetch(weights + p * panel_bytes + PREFETCH_BYTES);
                 Weights::widen(weights + p * panel_bytes, w);
 #pragma GCC unroll 6
                 for (int m = 0; m < ROWS; ++m) {
