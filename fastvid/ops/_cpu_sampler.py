@@ -3,10 +3,10 @@
 import ctypes
 
 import torch
-from fastvid.kernels.pixelcnn_sampler.session import Job
 from torch import Tensor
 
 from fastvid import _native
+from fastvid.kernels.pixelcnn_sampler.session import Job
 
 _REASONS = {1: "found no memory", 2: "refused its arguments"}  # enum Outcome of kernels/nearest_codebook/cpu.h
 
@@ -15,13 +15,13 @@ class _Job(ctypes.Structure):
     """struct SamplerJob of kernels/pixelcnn_sampler/cpu.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "weights", "table", "condition", "samples", "given", "draft", "codes", "logprob", "margin", "passes", "state"
-        )),
-        *((name, ctypes.c_int64) for name in ("state_bytes", "words", "B", "T", "H", "W", "seed", "stream", "first_step")),
+        *((name, ctypes.c_void_p) for name in ("weights", "table", "condition", "samples", "given", "draft")),
+        *((name, ctypes.c_void_p) for name in ("codes", "logprob", "margin", "passes", "state")),
+        *((name, ctypes.c_int64) for name in ("state_bytes", "words", "B", "T", "H", "W")),
+        *((name, ctypes.c_int64) for name in ("seed", "stream", "first_step")),
         ("temperature", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("window", "wavefront", "threads")),
-    ]  # fmt: skip
+    ]
 
 
 def why_not(weights: Tensor, table: Tensor, condition: Tensor, *_) -> str | None:
@@ -42,8 +42,8 @@ class Session:
     def __init__(self, job: Job):
         self._library = _native.load("cpu")
         # packed bytes may start anywhere in their storage, the kernel reads whole cache lines
-        self._inputs = [_aligned(job.packed.weights), job.packed.table.contiguous(), job.condition.contiguous(),
-                        job.samples.contiguous(), *(None if x is None else x.contiguous() for x in (job.given, job.draft))]
+        self._inputs = [_aligned(job.packed.weights), job.packed.table.contiguous(), job.condition.contiguous()]
+        self._inputs += [None if x is None else x.contiguous() for x in (job.samples, job.given, job.draft)]
         self._results = [job.codes, job.logprob, job.margin, job.passes]
         pointers = [None if x is None else x.data_ptr() for x in self._inputs + self._results]
         self._job = _Job(
@@ -52,7 +52,7 @@ class Session:
         )  # fmt: skip
         wanted = self._library.fastvid_sampler_bytes(ctypes.byref(self._job))
         if wanted < 0:
-            raise ValueError(f"pixelcnn_sample: the native kernel cannot hold this model; see `read_model` in {_MODEL}.")
+            raise ValueError(f"pixelcnn_sample: beyond the native kernel, see {_MODEL}; pass backend='reference'.")
         self._state = _memory(wanted, job)
         self._job.state, self._job.state_bytes = self._state.data_ptr(), wanted
         self._check(self._library.fastvid_sampler_start(ctypes.byref(self._job)))
@@ -83,7 +83,7 @@ def _memory(size: int, job: Job) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise MemoryError(
-            f"pixelcnn_sample: no memory for the {size >> 20} MB of caches of a grid {list(job.grid)}; draw fewer samples."
+            f"pixelcnn_sample: no memory for {size >> 20} MB of caches of a grid {list(job.grid)}; draw fewer samples."
         ) from error
 
 

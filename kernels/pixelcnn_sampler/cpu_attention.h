@@ -120,21 +120,6 @@ void score_axial(const float* query, const T* keys, int64_t width, const Seen& s
     }
 }
 
-inline float largest_of(const float* scores, int64_t end) {
-    Floats most[BLOCK_PARTS];
-    for (int part = 0; part < BLOCK_PARTS; ++part) most[part] = load<Floats>(scores + part * LANES);
-    for (int64_t i = BLOCK; i < end; i += BLOCK)
-        for (int part = 0; part < BLOCK_PARTS; ++part) {
-            const Floats next = load<Floats>(scores + i + part * LANES);
-            most[part] = next > most[part] ? next : most[part];
-        }
-    float lanes[BLOCK];
-    __builtin_memcpy(lanes, most, sizeof lanes);
-    float most_of_all = lanes[0];
-    for (float lane : lanes) most_of_all = lane > most_of_all ? lane : most_of_all;
-    return most_of_all;
-}
-
 // Scores become weights that are not divided yet by their sum, which is returned. Scores have room up to a whole block.
 inline float weigh(float* scores, int64_t count) {
     const int64_t end = rounded(count, BLOCK);
@@ -170,7 +155,8 @@ void mix(const float* weights, const T* values, int64_t width, const Seen& seen,
                 const T* at = values + (line.first + (k + one) * line.stride) * width;
 #pragma GCC unroll 4
                 for (int part = 0; part < BLOCK_PARTS; ++part)
-                    sums[one][part] = multiply_add(repeat(weights[i + one]), widened(at + part * LANES), sums[one][part]);
+                    sums[one][part] =
+                        multiply_add(repeat(weights[i + one]), widened(at + part * LANES), sums[one][part]);
             }
         }
         for (; k < line.count; ++k, ++i) {

@@ -1,4 +1,4 @@
-// How many positions of a row to evaluate at once, learnt while rows are drawn. It decides about time, never about codes.
+// How many positions of a row to evaluate at once, learnt while rows are drawn: about time, never about codes.
 #pragma once
 
 #include <cstdint>
