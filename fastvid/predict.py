@@ -297,9 +297,10 @@ class _Bars:
             self.bar.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        label = f"{self.title}: {stage}"
         if self.bar is None:
-            self.bar = tqdm(total=total, unit="code", leave=False, disable=not sys.stderr.isatty())
-        if stage != self.stage:
-            self.bar.set_description(f"{self.title}: {stage}", refresh=False)
-            self.stage = stage
+            self.bar = tqdm(desc=label, total=total, unit="code", leave=False, disable=not sys.stderr.isatty())
+        elif stage != self.stage:
+            self.bar.set_description(label)
+        self.stage = stage
         self.bar.update(done - self.bar.n)

@@ -128,7 +128,7 @@ def test_ctrl_c_leaves_nothing_half_written(place, tmp_path):
     command = [sys.executable, "-m", "fastvid", "predict", "good.mp4", "--model", "tiny", "--frames", "100000"]
     process = subprocess.Popen([*command, "-o", str(out)], cwd=place, env=environment(), stderr=subprocess.PIPE)
     try:
-        while not out.exists():  # made just before the model runs
+        while not list(out.glob(".predict-*/.*.mp4")):  # the video has been begun
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_nothing_half_written(place, tmp_path):
 
 
 def test_ctrl_c_has_its_own_exit_code(monkeypatch, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastvid.predict.predict_clips", interrupted)
@@ -156,7 +156,7 @@ def test_the_traceback_can_be_had(monkeypatch, tmp_path):
 
 
 def test_an_error_of_several_lines_becomes_one(monkeypatch, capsys):
-    def fails(*_):
+    def fails(*_, **__):
         raise FastvidError("wanted this,\ngot that.")
 
     monkeypatch.setattr("fastvid.predict.predict_clips", fails)
@@ -165,7 +165,7 @@ def test_an_error_of_several_lines_becomes_one(monkeypatch, capsys):
 
 
 def test_a_bug_is_not_dressed_up_as_a_user_s_mistake(monkeypatch):
-    def bug(*_):
+    def bug(*_, **__):
         raise KeyError("ours")
 
     monkeypatch.setattr("fastvid.predict.predict_clips", bug)

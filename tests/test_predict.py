@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import sys
+import weakref
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import fastvid
 from fastvid import backend, ops
 from fastvid.checkpoint import manifest_hash
-from fastvid.data.video import fit_frames, frame_hash, read_video, write_video
+from fastvid.data import _encode
+from fastvid.data.video import VideoWriter, fit_frames, frame_hash, read_video, write_video
 from fastvid.errors import UsageError, VideoError
 from fastvid.models import VideoPredictor, build, preset
 from fastvid.predict import find_clips, predict_clips, read_clip
@@ -96,8 +99,6 @@ def test_the_report_says_what_was_done(clip, model, tmp_path):
 
 
 def test_hashes_are_of_the_predicted_frames_and_codes(clip, model, tmp_path):
-    import fastvid
-
     (report,) = predict_clips([clip], model, samples=2, seed=3, out=tmp_path / "out")
     given = read_clip(clip, "clip", (SIDE, SIDE), 12).given
     prediction = fastvid.load(model).predict_codes(given[None].movedim(-1, 2) / 255, 12, samples=2, seed=3)
@@ -191,6 +192,100 @@ def test_more_than_twelve_frames(clip, model, tmp_path):
     video, _ = read_video(tmp_path / "out" / "clip_sample0.mp4")
     assert len(video) == 34
     assert report["codes"]["top"] == 3 * 3 * 16
+
+
+def test_frames_are_written_as_they_come(clip, model, tmp_path, monkeypatch):
+    """Before a stretch is computed, all frames before it are in the encoders and out of memory."""
+    encoders, handed = [], []
+    begin, stream = _encode.Encoder.__init__, VideoPredictor.predict_stream
+
+    def noted(encoder, *args):
+        begin(encoder, *args)
+        encoders.append(encoder)
+
+    def watched(predictor, *args):
+        source = stream(predictor, *args)
+        for number in range(3):
+            assert [encoder.count for encoder in encoders] == [4 + 12 * number] * 2
+            assert all(storage() is None for storage in handed[:-1])
+            stretch = next(source)
+            handed.append(weakref.ref(stretch.frames.untyped_storage()))
+            yield stretch
+            del stretch
+        assert next(source, None) is None
+
+    monkeypatch.setattr(_encode.Encoder, "__init__", noted)
+    monkeypatch.setattr(VideoPredictor, "predict_stream", watched)
+    (report,) = predict_clips([clip], model, frames=36, samples=2, out=tmp_path / "out")
+    assert len(handed) == 3
+    monkeypatch.undo()
+    given = read_clip(clip, "clip", (SIDE, SIDE), 36).given[None].movedim(-1, 2) / 255
+    again = fastvid.load(model).predict(given, 36, samples=2)[0]
+    assert hashes([report]) == [[frame_hash((one * 255).round().to(torch.uint8).movedim(1, -1)) for one in again]]
+
+
+def test_interrupted_while_writing_leaves_nothing(clip, model, tmp_path, monkeypatch):
+    out, add, begun = tmp_path / "out", VideoWriter.add, []
+    predict_clips([clip], model, seed=1, out=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupted(writer, video):
+        add(writer, video)
+        # the encoder looks ahead some forty frames before it writes the first
+        begun.append(len(list(out.glob(".predict-*/.*.mp4"))))
+        if begun[-1] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_clips([clip], model, frames=96, samples=2, seed=2, out=out)
+    assert len(begun) < 2 * 9, "it was not interrupted on its way"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_more_samples_than_files_may_be_open(clip, model, tmp_path, monkeypatch):
+    (whole,) = predict_clips([clip], model, frames=13, samples=5, out=tmp_path / "whole", start=1)
+    monkeypatch.setattr("fastvid.predict.ROWS_AT_ONCE", 2)
+    (parts,) = predict_clips([clip], model, frames=13, samples=5, out=tmp_path / "parts", start=1)
+    assert whole["samples"] == parts["samples"] and whole["codes"] == parts["codes"]
+    for file in ("clip_sample4.mp4", "clip_contact.png"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_a_long_clip_s_truth_is_counted_and_shown_no_further_than_a_sheet(tmp_path):
+    write_video(tmp_path / "long.mp4", moving(90, 16, 16), 25)
+    source = read_clip(tmp_path / "long.mp4", "long", (16, 16), 80, 0)
+    assert source.known == 80 and len(source.truth) == 60
+    assert read_clip(tmp_path / "long.mp4", "long", (16, 16), 100, 0).known == 86
+
+
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_smaller_weights_say_how_far_they_drift(clip, model, tmp_path, capsys, weights):
+    (report,) = predict_clips([clip], model, samples=2, out=tmp_path / "out", weights=weights)
+    assert set(report["drift"]) == {"top", "bottom"} and report["options"]["weights"] == weights
+    for drift in report["drift"].values():
+        assert 0 < drift["nats_per_code_size"] < 0.2 and abs(drift["nats_per_code"]) <= drift["nats_per_code_size"]
+    said = f"{report['drift']['top']['nats_per_code']:+.4f}, bottom {report['drift']['bottom']['nats_per_code']:+.4f}"
+    assert f"{weights} weights against float32, nats per code: top {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"device": "tpu"}, "--device must be cpu or cuda"), ({"weights": "int4"}, "--weights must be one of auto, float"),
+     ({"samples": 0}, "--samples must be at least 1")],
+)  # fmt: skip
+def test_options_that_are_none(clip, model, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        predict_clips([clip], model, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there(clip, model, tmp_path):
+    with pytest.raises(UsageError, match="torch finds no GPU here"):
+        predict_clips([clip], model, out=tmp_path / "out", device="cuda")
+    (report,) = predict_clips([clip], model, frames=1, out=tmp_path / "out")
+    assert report["device"] == "cpu"
 
 
 def test_clips_of_one_name_do_not_overwrite_each_other(model, tmp_path):

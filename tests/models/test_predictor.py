@@ -1,5 +1,6 @@
 """The whole chain on a tiny model with random weights: shapes, independence of the batch, folders, refusals."""
 
+import weakref
 from dataclasses import asdict
 
 import pytest
@@ -67,6 +68,55 @@ def test_it_slides_on_over_its_own_output(predictor, frames):
     assert not torch.equal(again, long[:, :, 12:24])  # a later stretch draws noise of its own
 
 
+def test_stretches_come_one_by_one_and_none_is_kept(predictor, frames, monkeypatch):
+    decode, decoded, seen, dropped = predictor.vqvae.decode, [], [], []
+    monkeypatch.setattr(predictor.vqvae, "decode", lambda *codes: decoded.append(len(seen)) or decode(*codes))
+    for stretch in predictor.predict_stream(frames[:1], n=42, seed=2):
+        # what is dropped is gone from memory, and not only out of sight: its storage has no owner left
+        assert all(storage() is None for storage in dropped)
+        dropped = [weakref.ref(t.untyped_storage()) for t in (stretch.frames, stretch.top, stretch.bottom)]
+        assert all(storage() is not None for storage in dropped)
+        seen.append(stretch.frames.clone())
+        del stretch
+    assert decoded == [0, 1, 2, 3], "a stretch was computed before the one before it was handed over"
+    assert [part.shape[2] for part in seen] == [12, 12, 12, 6]
+    whole = predictor.predict_codes(frames[:1], n=42, seed=2)
+    assert torch.equal(torch.cat(seen, dim=2), whole.frames) and len(whole.top) == 4
+
+
+def test_samples_by_their_numbers(predictor, frames):
+    every = predictor.predict(frames, samples=5, seed=3)
+    assert torch.equal(predictor.predict(frames, samples=range(2, 4), seed=3), every[:, 2:4])
+
+
+def test_a_clip_is_encoded_once_for_all_its_samples(predictor, frames, monkeypatch):
+    encode, encoded = predictor.vqvae.encode, []
+    monkeypatch.setattr(predictor.vqvae, "encode", lambda video: encoded.append(len(video)) or encode(video))
+    predictor.predict(frames, n=12, samples=4)
+    assert encoded == [1, 1]
+    predictor.predict(frames, n=13, samples=4)
+    assert encoded == [1, 1] + [1, 1] + [1] * 8  # the second stretch starts from each sample's own frames
+
+
+def test_rows_beyond_what_fits_together(predictor, frames, monkeypatch):
+    whole = predictor.predict(frames, n=14, samples=3, seed=6)
+    monkeypatch.setattr("fastvid.models.predictor.ROWS_AT_ONCE", 2)
+    assert torch.equal(predictor.predict(frames, n=14, samples=3, seed=6), whole)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_smaller_weights_are_judged_by_float32(predictor, frames, weights):
+    (stretch,) = predictor.predict_stream(frames, samples=2, seed=1, weights=weights, compare=True)
+    exact = predictor.predict_codes(frames, samples=2, seed=1)
+    for name in ("top", "bottom"):
+        stage = stretch.stages[name]
+        if weights == "float32":
+            assert stage.drift_size < 1e-4 * stage.codes
+        else:
+            assert 1e-5 * stage.codes < stage.drift_size and abs(stage.drift) <= stage.drift_size < 0.2 * stage.codes
+    assert torch.equal(stretch.frames, exact.frames) or weights != "float32"
+
+
 def test_folder_round_trip(predictor, frames, tmp_path):
     predictor.save(tmp_path / "whole")
     loaded = fastvid.load(tmp_path / "whole")
@@ -98,6 +148,8 @@ def test_assemble(predictor, frames, tmp_path):
         ({"n": 0}, "at least 1"),
         ({"samples": -1}, "at least 1"),
         ({"temperature": 0.0}, "temperature"),
+        ({"weights": "float16"}, "float32, bfloat16, int8, got 'float16'"),
+        ({"samples": range(3, 3)}, "at least 1"),
         ({"frames": torch.zeros(1, 3, 3, 32, 32)}, r"\[B, 4, 3, H, W\]"),
         ({"frames": torch.zeros(1, 4, 3, 30, 32)}, "divisible by 8"),
     ],
