@@ -226,6 +226,16 @@ def test_convolutions_with_a_forward_of_their_own():
     check_steps(steps, steps.forward, (1, 5, 5))
 
 
+def test_codes_that_are_ruled_out():
+    never = torch.where(torch.arange(K) < 3, -torch.inf, 0.0)
+    model = Attention()
+    barred = ConvSteps(Net(Conv2).eval(), lambda net, codes: net(codes) + never)
+    check_steps(barred, barred.forward, (1, 4, 4))
+    assert sample_steps(barred, (1, 4, 4), Noise(0, (0, 1))).min() >= 3
+    with pytest.raises(AssertionError, match=r"leave the forward at \(t, y, x\) = \(0, 0, 0\), by inf"):
+        check_steps(model, lambda codes: model(codes) + never, (1, 2, 2))
+
+
 # ---- broken models
 
 
@@ -295,6 +305,19 @@ def test_not_a_number_is_no_agreement():
 def test_convolutions_without_a_cached_form_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ConvCache(nn.Conv2d(4, 4, 3, **options), 1, (1, 4, 4))
+
+
+class Functional(Conv2):
+    """Goes past nn.Conv2d's own forward, and does more than convolve."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask, padding=1) + 1
+
+
+def test_a_forward_that_cannot_be_followed_is_refused():
+    net = Net(Functional, kernel=3).eval()
+    with pytest.raises(ValueError, match=r"\['first', 'second', 'third'\] convolve in their own way; write a `step`"):
+        sample_steps(ConvSteps(net, lambda net, codes: net(codes)), (1, 3, 3), Noise(0, (0,)))
 
 
 def test_a_mask_and_a_padding_can_be_told():
