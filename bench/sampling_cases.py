@@ -22,7 +22,7 @@ GATE_GRID = (3, 4, 5)  # the naive sampler itself is asked for these many codes 
 NAIVE_CODES = 8  # a naive run draws this many of the grid's codes; every code costs it the same
 NARROW = 256  # channels below which a peer's products are too small to share between threads
 TOLERANCE = 1e-5
-FRESH = "fresh weights: the noise decides most draws, which favours windows; sequential is the kernel alone"
+FRESH = "weights are fresh, so what a window settles says little of a trained model; sequential is the kernel alone"
 CPU_TIERS = {"plan": ("reference", 0), "native": ("cpu", 0), "sequential": ("cpu", 1)}  # name -> backend, window
 GPU_TIERS = {"plan": ("reference", 0), "triton": ("triton", 0), "cuda": ("cuda", 0), "sequential": ("cuda", 1)}
 

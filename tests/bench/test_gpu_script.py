@@ -59,6 +59,10 @@ def test_files_with_gpu_tests_are_found(tmp_path):
     assert len(gpu_tests.files(tmp_path)) == 3
 
 
+PERSISTENT = "tests/ops/test_pixelcnn_sampler_cuda.py"
+PYTEST = "-m pytest -q -m gpu and not slow and not long -p no:cacheprovider -rs"
+
+
 def checkout(folder: Path, code: int = 0) -> Path:
     """A folder with gpu.sh and, for every step, a program that notes its call and exits with `code`."""
     (folder / "bench").mkdir()
@@ -71,10 +75,11 @@ def checkout(folder: Path, code: int = 0) -> Path:
 case "$*" in
     -c*get_device_name*) printf '2.11\\nSome GPU\\n'; exit ;;
     -c*xdist*) exit 1 ;;
-    *gpu_tests.py) echo tests/test_a.py; exit ;;
-    *--list) printf 'a_cpu x\\nb_gpu y\\nc_gpu_d z\\n'; exit ;;
+    *gpu_tests.py) printf 'tests/test_a.py\\n{PERSISTENT}\\n'; exit ;;
+    *--list) printf 'a_cpu x\\nsample_gpu_b y\\nvq_gpu z\\n'; exit ;;
 esac
 echo "$*" >> calls
+[ ! -e fastvid/libfastvid_cuda.so ] || echo with CUDA kernels >> calls
 exit {code}
 """)
     (folder / "python").chmod(0o755)
@@ -95,9 +100,9 @@ def test_every_step_runs_once(tmp_path):
     calls = (folder / "calls").read_text().splitlines()
     assert calls == [
         "cmake -S", "cmake --build", "cmake --install",
-        "-m pytest -q -m gpu and not slow and not long -p no:cacheprovider -rs tests/test_a.py",
-        "bench/status.py --verify --json bench/results/", "bench/run.py --tune",
-        "bench/run.py --case b_gpu --json bench/results/", "bench/run.py --case c_gpu_d --json bench/results/",
+        f"{PYTEST} tests/test_a.py", "bench/status.py --verify --json bench/results/",
+        "bench/run.py --case sample_gpu_b --json bench/results/", "bench/run.py --tune",
+        "bench/run.py --case vq_gpu --json bench/results/",
     ]  # fmt: skip
     again = run(folder)
     assert again.returncode == 0 and again.stdout.count("done before") == 6
@@ -110,7 +115,7 @@ def test_every_step_runs_once(tmp_path):
 def test_failures_are_told_and_tried_again(tmp_path):
     folder = checkout(tmp_path, code=7)
     found = run(folder)
-    assert found.returncode == 1 and "failed: tests (exit code 7)" in found.stdout and "c_gpu_d" in found.stdout
+    assert found.returncode == 1 and "failed: tests (exit code 7)" in found.stdout and "vq_gpu" in found.stdout
     assert "build: done before" in run(folder).stdout
 
 
@@ -119,4 +124,24 @@ def test_out_of_time(tmp_path):
     script = folder / "bench" / "gpu.sh"
     script.write_text(script.read_text().replace("SECONDS + 530", "SECONDS + 5"))
     found = run(folder)
-    assert found.returncode == 4 and "not done in time: build tests verify tune b_gpu c_gpu_d" in found.stdout
+    assert found.returncode == 4 and "not done in time: build tests verify sample_gpu_b tune vq_gpu" in found.stdout
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_persistent_sampler_is_tried_first_and_set_aside_if_it_hangs(tmp_path, sound):
+    folder = checkout(tmp_path)
+    library, tests = folder / "fastvid" / "libfastvid_cuda.so", folder / PERSISTENT
+    tests.parent.mkdir()
+    for path in (library, tests):
+        path.write_text("")
+    python, script = folder / "python", folder / "bench" / "gpu.sh"
+    if not sound:
+        python.write_text(python.read_text().replace("esac", f"    *{PERSISTENT}) sleep 60 ;;\nesac"))
+        script.write_text(script.read_text().replace("step persistent 60", "step persistent 1"))
+    found, calls = run(folder), (folder / "calls").read_text().splitlines()
+    assert library.exists() and found.returncode == (0 if sound else 1), found.stdout
+    if sound:
+        assert calls[3:6] == [f"{PYTEST} {PERSISTENT}", "with CUDA kernels", f"{PYTEST} tests/test_a.py"]
+    else:
+        assert calls[3] == f"{PYTEST} tests/test_a.py" and "with CUDA kernels" not in calls
+        assert "set aside" in found.stdout and "failed: persistent (exit code 124, over 1 s)" in found.stdout
