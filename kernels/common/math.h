@@ -150,7 +150,9 @@ inline Doubles log(Doubles x) {
     const Doubles f = m - 1, s = f / (f + 2), z = s * s, half = f * f * 0.5;
     const double terms[] = {0x1.5555555555558p-1, 0x1.99999999951bep-2, 0x1.2492492e0f0a4p-2, 0x1.c71c62c2129f2p-3,
                             0x1.7462be2d8033bp-3, 0x1.39fd33ebf6d06p-3, 0x1.2b662be05f4ddp-3};
-    const Doubles rest = multiply_add(s, half + z * polynomial(terms, z), k * 0x1.a39ef35793c76p-33);
+    const double even[] = {terms[0], terms[2], terms[4], terms[6]}, odd[] = {terms[1], terms[3], terms[5]};
+    const Doubles zz = z * z, series = multiply_add(polynomial(odd, zz), z, polynomial(even, zz));
+    const Doubles rest = multiply_add(s, half + z * series, k * 0x1.a39ef35793c76p-33);
     const Doubles large = k * 0x1.62e42feep-1, sum = large + f;  // exact, and rounded
     return sum + ((f - (sum - large)) - (half - rest));
 }

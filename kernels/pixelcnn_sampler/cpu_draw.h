@@ -1,8 +1,9 @@
 // Gumbel noise by counter, and the draw of a code. reference.py beside this file is the definition of both.
 //
-// A draw needs exact noise, two logarithms in double, only for the classes that may come first or second. So all classes
-// get an approximation first, whose error over all 2^24 uniform numbers is below NOISE_ERROR: tests/native/sampler_math.cpp
-// goes through every one of them, as it does for the exact noise.
+// A draw needs exact noise, two logarithms in double, only for the classes that may come first or second. So all
+// classes get an upper bound of their noise first. Division, addition and rounding are monotonic: a class whose bound
+// gives less than what the second best of a few exact scores has can be neither first nor second. What is drawn, and
+// the margin, are those of exact noise for all. tests/native/sampler_math.cpp tries all 2^24 uniform numbers.
 #pragma once
 
 #include "common/math.h"
@@ -12,7 +13,7 @@ namespace fastvid::FASTVID_LEVEL {
 namespace {
 
 constexpr int64_t CLASSES = 4 * LANES;  // of a step: the noise of two vectors of counters
-constexpr float NOISE_ERROR = 2e-5f;
+constexpr float LIKELY = 0.5f;          // rarely is a bound farther from its noise, for classes that lead
 
 // Where a code is drawn: what its noise is a function of.
 struct Place {
@@ -52,8 +53,8 @@ inline Words philox(Words counter, uint64_t key) {
     for (int round = 0; round < 10; ++round) {
         const Longs p0 = multiply_low(c0, repeat((uint64_t)0xD2511F53));
         const Longs p1 = multiply_low(c2, repeat((uint64_t)0xCD9E8D57));
-        c0 = (p1 >> 32) ^ c1 ^ repeat((uint64_t)low);
-        c2 = (p0 >> 32) ^ c3 ^ repeat((uint64_t)high);
+        c0 = (p1 >> 32) ^ (c1 ^ repeat((uint64_t)low));
+        c2 = (p0 >> 32) ^ (c3 ^ repeat((uint64_t)high));
         c1 = p1;
         c3 = p0;
         low += 0x9E3779B9;
@@ -62,7 +63,8 @@ inline Words philox(Words counter, uint64_t key) {
     return {{c0, c1, c2, c3}};
 }
 
-// Words 0 and 1 of counters, and words 2 and 3, to the classes' order: of counters 0, 1 .. in lanes 0, DOUBLES / 2, 1, ..
+// Words 0 and 1 of counters, and words 2 and 3, to the order of their classes, where lane 1 follows DOUBLES / 2, and so
+// on: even lanes hold the first half of the counters, odd ones the second.
 inline void interleave(Longs first, Longs last, uint32_t* to) {
 #if defined(FASTVID_X86) && defined(__AVX512BW__)
     store(to, _mm512_unpacklo_epi64((__m512i)first, (__m512i)last));
@@ -111,24 +113,13 @@ inline void exact_noise(const uint32_t* bits, int64_t count, float* to) {
     }
 }
 
-// The same for a vector, within NOISE_ERROR.
-inline Floats rough_noise(Ints bits) {
-    const Ints near = bits >= 0x800000;  // u >= 1/2: there its distance from 1 counts
-    const Floats number = __builtin_convertvector(near ? bits - 0x1000000 : bits, Floats) + 0.5f;  // exact
-    // u = 2^-octaves (1 + f) with f in [-1/2, 0)
-    const Ints raw = (Ints)number;
-    const Floats fraction = (Floats)((raw & 0x7fffff) | (126 << 23)) - 1.0f;
-    const Floats octaves = __builtin_convertvector(near ? raw ^ raw : 150 - (raw >> 23), Floats);
-    const Floats f = near ? number * 0x1p-24f : fraction;
-    // log(1 + f) / f, within 2^-19 of it
-    const float of_f[] = {1.00000116f, -0.499789738f, 0.33954118f, -0.182155028f,
-                          0.5434861f,  0.674793551f,  1.01516284f};
-    const Floats e = octaves * 0x1.62e43p-1f - f * polynomial(of_f, f);  // -log(u)
-    // log(m) for m in [1, 2), within 2^-16
-    const float of_m[] = {-1.94106444f, 3.52930499f, -2.4612221f, 1.13062617f, -0.288739945f, 0.0311040164f};
-    const Floats m = (Floats)(((Ints)e & 0x7fffff) | (127 << 23));
-    const Floats power = __builtin_convertvector(((Ints)e >> 23) - 127, Floats);
-    return -multiply_add(power, repeat(0x1.62e43p-1f), polynomial(of_m, m));
+// Not less than the exact noise, and near it where u is near 1: -log(-log(u)) <= -log(1 - u), and a number's bits, read
+// as an integer, are a chord of its logarithm.
+inline Floats noise_bound(Ints bits) {
+    const Floats distance = __builtin_convertvector(0x1000000 - bits, Floats) - 0.5f;  // (1 - u) 2^24, rounded
+    const Floats logarithm = __builtin_convertvector((Ints)distance, Floats);          // (log2 + 127) 2^23, at most
+    // 127 + 24 octaves, and a little more than what was rounded
+    return multiply_add(logarithm, repeat(-0x1.62e43p-24f), repeat(151 * 0x1.62e43p-1f + 2e-5f));
 }
 
 // The noise of K classes, exactly. to: [K].
@@ -255,13 +246,16 @@ inline Candidates reaching(const float* scores, int64_t K, float least) {
     return found;
 }
 
-// The draw among candidates, which are in rising order and hold the first and the second.
-inline Drawn draw_among(const Candidates& candidates, const float* logits, float temperature, const uint32_t* bits) {
+// The draw among candidates in rising order, all classes whose bound is `reached` or more. Code -1 where another class
+// may be first or second: `reached` is then the second best score among them.
+inline Drawn draw_among(const Candidates& candidates, const float* logits, float temperature, const uint32_t* bits,
+                        float& reached) {
+    if (candidates.count > MOST_CANDIDATES) return {-1, 0, 0};
     alignas(64) uint32_t kept[MOST_CANDIDATES + CLASSES] = {};
     alignas(64) float noise[MOST_CANDIDATES + CLASSES];
     for (int i = 0; i < candidates.count; ++i) kept[i] = bits[candidates.code[i]];
     exact_noise(kept, candidates.count, noise);
-    Drawn drawn = {0, 0, 0};
+    Drawn drawn = {-1, 0, 0};
     float best = -__builtin_inff(), second = best;
     for (int i = 0; i < candidates.count; ++i) {
         const float score = logits[candidates.code[i]] / temperature + noise[i];
@@ -270,43 +264,45 @@ inline Drawn draw_among(const Candidates& candidates, const float* logits, float
         best = score > best ? score : best;
     }
     drawn.margin = best - second;
-    return drawn;
+    if (second >= reached) return drawn;
+    reached = second;
+    return {-1, 0, 0};
 }
 
 // The draw at a place: that of draw_with for the noise of `gumbel`, to the last bit, and its logprob.
 // scratch: draw_bytes(K), on a boundary of 64 bytes.
 inline Drawn draw(const float* logits, int64_t K, float temperature, const Place& place, void* scratch) {
     uint32_t* bits = (uint32_t*)scratch;
-    float* scores = (float*)scratch + padded_classes(K);
+    float* bounds = (float*)scratch + padded_classes(K);  // of scores
     uniform_bits(place, 0, K, bits);
     Floats best = repeat(-__builtin_inff()), second = best, largest = best;
     for (int64_t k = 0; k < K; k += LANES) {
         const Floats logit = load_some(logits, K, k);
         const Floats scaled = temperature == 1 ? logit : logit / temperature;
-        const Floats score = scaled + rough_noise(load<Ints>(bits + k));
-        store(scores + k, score);
+        const Floats bound = scaled + noise_bound(load<Ints>(bits + k));
+        store(bounds + k, bound);
         largest = larger(logit, largest);
-        second = larger(smaller(score, best), second);
-        best = larger(score, best);
+        second = larger(smaller(bound, best), second);
+        best = larger(bound, best);
     }
     const float most = largest_lane(largest), sum = log_sum(logits, K, most);
     float first = -__builtin_inff(), next = first;
     for (int lane = 0; lane < LANES; ++lane) {
-        const float score = best[lane], behind = score > first ? first : score;
+        const float bound = best[lane], behind = bound > first ? first : bound;
         next = behind > next ? behind : next;
         next = second[lane] > next ? second[lane] : next;
-        first = score > first ? score : first;
+        first = bound > first ? bound : first;
     }
-    // whoever is second in truth is within two errors of who seems to be; an error grows with the score's own rounding
-    const float reach = 2.1f * NOISE_ERROR + 0x1p-20f * __builtin_fabsf(next);
-    const bool finite = sum == sum && next > -__builtin_inff() && first < __builtin_inff();
-    const Candidates candidates = finite ? reaching(scores, K, next - reach) : Candidates{MOST_CANDIDATES + 1, {}};
-    Drawn drawn;
-    if (candidates.count <= MOST_CANDIDATES) {
-        drawn = draw_among(candidates, logits, temperature, bits);
-    } else {
-        gumbel(place, K, scores);
-        drawn = draw_with(logits, scores, K, temperature);
+    Drawn drawn = {-1, 0, 0};
+    if (sum == sum && next > -__builtin_inff() && first < __builtin_inff()) {
+        float reached = next - LIKELY;
+        drawn = draw_among(reaching(bounds, K, reached), logits, temperature, bits, reached);
+        // the second best of a few is no more than the second best of all: everybody who may beat it has a look
+        if (drawn.code < 0) drawn = draw_among(reaching(bounds, K, reached), logits, temperature, bits, reached);
+    }
+    if (drawn.code < 0) {
+        gumbel(place, K, bounds);
+        drawn = draw_with(logits, bounds, K, temperature);
     }
     drawn.logprob = logits[drawn.code] - most - sum;
     return drawn;
