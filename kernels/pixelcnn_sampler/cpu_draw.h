@@ -107,9 +107,17 @@ inline void uniform_bits(const Place& place, int64_t first, int64_t count, uint3
 inline void exact_noise(const uint32_t* bits, int64_t count, float* to) {
     typedef int32_t Halfs __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef float Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
-    for (int64_t k = 0; k < count; k += DOUBLES) {
-        const Doubles number = __builtin_convertvector(load<Halfs>(bits + k), Doubles) + 0.5;
-        store(to + k, __builtin_convertvector(-log(-log(number * 0x1p-24)), Halves));
+    constexpr int64_t STEP = 16 * DOUBLES;
+    Doubles inner[16];
+    for (int64_t k = 0; k < count; k += STEP) {
+        const int64_t end = count - k < STEP ? count - k : STEP;
+        // one logarithm at a time: a chain of both is too long for the processor to overlap with the next
+        for (int64_t i = 0; i < end; i += DOUBLES) {
+            const Doubles number = __builtin_convertvector(load<Halfs>(bits + k + i), Doubles) + 0.5;
+            inner[i / DOUBLES] = -log(number * 0x1p-24);
+        }
+        for (int64_t i = 0; i < end; i += DOUBLES)
+            store(to + k + i, __builtin_convertvector(-log(inner[i / DOUBLES]), Halves));
     }
 }
 
