@@ -123,9 +123,11 @@ def spread_out(net: nn.Module) -> nn.Module:
 def contestants(pythae: bool, size: int):
     """Each model with a name, and the forward that its own loop calls."""
     if pythae:
-        from pythae.models.normalizing_flows import PixelCNN as Theirs
-        from pythae.models.normalizing_flows import PixelCNNConfig
-
+        try:
+            from pythae.models.normalizing_flows import PixelCNN as Theirs
+            from pythae.models.normalizing_flows import PixelCNNConfig
+        except ModuleNotFoundError as missing:
+            raise SystemExit(f"--pythae needs a package that is not here ({missing}); pip install pythae") from None
         steps = ConvSteps(spread_out(Theirs(PixelCNNConfig(input_dim=(1, size, size), n_layers=5))), pythae_logits)
         return steps.forward, {"ConvSteps": steps}
     net = spread_out(SteppedPixelCNN())
