@@ -15,6 +15,8 @@ ABI_VERSION = 4  # raised together with kernels/common/abi.cpp whenever a signat
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
+COMPILERS = {"cpu": "a C++20 compiler", "cuda": "the CUDA toolkit (nvcc) and a C++20 compiler"}
+
 SIGNATURES = {
     "cpu": {
         "fastvid_abi_version": (INT, ()),
@@ -41,11 +43,18 @@ SIGNATURES = {
         "fastvid_sampler_row": (INT, (POINTER, SIZE, SIZE)),
         "fastvid_sampler_frame": (INT, (POINTER, SIZE)),
     },
+    "cuda": {
+        "fastvid_abi_version": (INT, ()),
+        "fastvid_cuda_device": (INT, (POINTER, POINTER)),  # processors, shared_bytes
+        "fastvid_cuda_error": (TEXT, (INT,)),
+        # a Row of kernels/pixelcnn_sampler/cuda_row.h; its size in bytes; CUDA stream
+        "fastvid_pixelcnn_row": (INT, (POINTER, SIZE, POINTER)),
+    },
 }  # fmt: skip
 
 
 def load(name: str = "cpu") -> ctypes.CDLL | None:
-    """The library `name` ("cpu") with its functions typed, or None; why_not(name) then says why."""
+    """The library `name` ("cpu", "cuda") with its functions typed, or None; why_not(name) then says why."""
     return _open(name)[0]
 
 
@@ -60,7 +69,7 @@ def _open(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, "switched off by FASTVID_NATIVE; unset it to use the native library"
     path = _find(f"libfastvid_{name}.so")
     if path is None:
-        return None, f"libfastvid_{name}.so was not built; install a C++20 compiler, then run: pip install -e ."
+        return None, f"libfastvid_{name}.so was not built; install {COMPILERS[name]}, then run: pip install -e ."
     try:
         library = ctypes.CDLL(str(path))  # and not PyDLL: other Python threads run while a kernel does
         built = library.fastvid_abi_version()

@@ -116,11 +116,11 @@ struct Worker {
           slot_bytes((int)((r.shared_bytes - layout.weights - Layout::up(r.resident_bytes)) / DEPTH)),
           next_task((int)r.resident_tasks) {
         const int moving = row.resident_tasks < row.task_count ? DEPTH - 1 : 0;
-        for (int i = 0; i < row.resident_tasks + moving; ++i)
-            if (i < row.resident_tasks)
-                fetch(i, resident(i));
-            else
-                ahead();
+        for (int i = 0; i < row.resident_tasks + moving; ++i) {
+            const bool stays = i < row.resident_tasks;
+            fetch(stays ? i : next_task, stays ? resident(i) : next_place());
+            if (!stays) advance();
+        }
         m.all_landed();
     }
 
@@ -144,8 +144,11 @@ struct Worker {
         m.commit();
     }
 
-    FASTVID_BOTH void ahead() {
-        fetch(next_task, m.shared + layout.weights + Layout::up(row.resident_bytes) + next_slot * slot_bytes);
+    FASTVID_BOTH char* ring(int i) {
+        return m.shared + layout.weights + Layout::up(row.resident_bytes) + (int64_t)i * slot_bytes;
+    }
+    FASTVID_BOTH char* next_place() { return ring(next_slot); }
+    FASTVID_BOTH void advance() {
         next_task = next_task + 1 == row.task_count ? (int)row.resident_tasks : next_task + 1;
         next_slot = next_slot + 1 == DEPTH ? 0 : next_slot + 1;
     }
@@ -155,8 +158,9 @@ struct Worker {
         const int i = task;
         task = i + 1 == row.task_count ? 0 : i + 1;
         if (i < row.resident_tasks) return resident(i);
-        ahead();
-        const char* found = m.shared + layout.weights + Layout::up(row.resident_bytes) + slot * slot_bytes;
+        fetch(next_task, next_place());
+        advance();
+        const char* found = ring(slot);
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
         return found;
     }
@@ -181,16 +185,12 @@ struct Worker {
         });
     }
 
-    // Packets [B, width] of column x and a tile of samples into `to` [TILE, width], through elu if `activated`.
-    FASTVID_BOTH void stage(
-        const Packet* from, int64_t sample_stride, int width, int n, int x, float* to, bool activated) {
+    // Packets [B, width] of column x and a tile of samples into `to` [TILE, width].
+    FASTVID_BOTH void stage(const Packet* from, int64_t sample_stride, int width, int n, int x, float* to) {
         const int half = width / 2;
         gather(
             n * half, tag(x), [&](int i) { return from + i / half * sample_stride + i % half * 2; },
-            [&](int i, float a, float b) {
-                to[2 * i] = activated ? elu(a) : a;
-                to[2 * i + 1] = activated ? elu(b) : b;
-            });
+            [&](int i, float a, float b) { to[2 * i] = a, to[2 * i + 1] = b; });
     }
 
     FASTVID_BOTH void clear() {

@@ -35,7 +35,7 @@ struct Product {
     // Taps that reach out of the row on its left.
     FASTVID_BOTH int skipped() const { return segments() - 1 > x ? segments() - 1 - x : 0; }
 
-    // Every layer's input at a column; the last one's output is number L.
+    // Every layer's input at a column; the last one's output, through the head's first activation, is number L.
     FASTVID_BOTH Packet* stream(int layer, int64_t sample, int column) const {
         return row.streams + ((layer * row.B + sample) * row.taps + column % row.taps) * C;
     }
@@ -59,7 +59,7 @@ struct Product {
     FASTVID_BOTH void early(int first, int n) {
         for (int tap = skipped(); tap < segments() - 1; ++tap) {
             const int at = x - (segments() - 1) + tap;
-            w.stage(stream(l, first, at), row.taps * C, C, n, at, w.input + tap * W::TILE * C, false);
+            w.stage(stream(l, first, at), row.taps * C, C, n, at, w.input + tap * W::TILE * C);
         }
     }
 
@@ -73,7 +73,7 @@ struct Product {
                              : phase == QKV   ? attended(first)
                                               : row.hidden + first * C;
         float* to = w.input + (segments() - 1) * W::TILE * C;
-        w.stage(from, one_of_columns ? row.taps * C : C, C, n, x, to, phase == HEAD1);
+        w.stage(from, one_of_columns ? row.taps * C : C, C, n, x, to);
     }
 
     // The first layer's input: everybody looks it up, and the owners of the outgoing strips hand it on.
@@ -134,18 +134,20 @@ struct Product {
         const float added = lane.addend[1] + value;
         switch (phase) {
             case OUT:
-                if (attention < 0) return publish_stream(l + 1, sample, at, added);
-                return w.m.publish(attended(sample) + at, added, w.tag(x));
+                if (attention >= 0) return w.m.publish(attended(sample) + at, added, w.tag(x));
+                [[fallthrough]];
             case ATT_OUT: return publish_stream(l + 1, sample, at, added);
             case QKV: return publish_attention(sample, at, value);
             case HEAD1: return w.m.publish(row.hidden + sample * C + at, elu(value), w.tag(x));
-            default: w.chosen[thread] = value, w.chosen[W::TILE * STRIP + thread] = value / (float)row.temperature + lane.addend[1];
+            default:
+                w.chosen[thread] = value;
+                w.chosen[W::TILE * STRIP + thread] = value / (float)row.temperature + lane.addend[1];
         }
     }
 
     // Hands the input of `layer` on, to this launch and, through `plane`, to later frames.
     FASTVID_BOTH void publish_stream(int layer, int64_t sample, int c, float value) {
-        w.m.publish(stream(layer, sample, x) + c, value, w.tag(x));
+        w.m.publish(stream(layer, sample, x) + c, layer < row.L ? value : elu(value), w.tag(x));
         if (row.plane && layer < row.L)
             row.plane[layer * row.plane_layer + sample * row.plane_sample + x * C + c] = value;
     }

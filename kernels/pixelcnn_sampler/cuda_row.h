@@ -70,7 +70,7 @@ struct Row {
     int64_t* codes;                                        // [B, W], like logprob and margin
     float* logprob;
     float* margin;
-    Packet* streams;    // [L + 1, B, taps, C]: every layer's input at column x modulo taps
+    Packet* streams;    // [L + 1, B, taps, C]: every layer's input at column x modulo taps; of the head, activated
     Packet* gated;      // [L, B, C]
     Packet* attended;   // [attentions, B, C]: the stream before attention
     Packet* qkv;        // [attentions, B, W, 3D]

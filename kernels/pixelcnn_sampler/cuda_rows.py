@@ -168,7 +168,9 @@ class Dense:
         for table, (dt, dy, dx) in zip(tables, taps, strict=True):
             if t + dt >= 0 and 0 <= y + dy < H and (dt < 0 or not earlier) and abs(dx) < W:
                 first, last = max(0, -dx), min(W, W - dx)
-                found[:, first:last] += F.embedding(codes[:, t + dt, y + dy, first + dx : last + dx], table)
+                # a launch that gave up leaves codes open; that must not become a bad address before it is reported
+                seen = codes[:, t + dt, y + dy, first + dx : last + dx].clamp_min(0)
+                found[:, first:last] += F.embedding(seen, table)
         return found
 
 

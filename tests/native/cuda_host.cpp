@@ -41,6 +41,7 @@ struct Host {
     char* shared;
     std::vector<Lane<TILE>> lanes;
     bool failed = false;
+    const std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
 
     Host(const Row& r, int number)
         : cta(number), threads((int)r.threads), row(r), memory(new char[r.shared_bytes + 128]), lanes(r.threads) {
@@ -72,13 +73,7 @@ struct Host {
     }
 
     bool patient() {
-        static thread_local auto since = std::chrono::steady_clock::now();
-        static thread_local int tries = 0;
-        if (failed) return false;
-        const auto now = std::chrono::steady_clock::now();
-        if (++tries > 1 && now - last > std::chrono::milliseconds(50)) since = now;  // a new wait
-        last = now;
-        const bool late = now - since > std::chrono::nanoseconds(row.patience);
+        const bool late = std::chrono::steady_clock::now() - since > std::chrono::nanoseconds(row.patience);
         if (setting.manner == BY_PHASES || late || __atomic_load_n(row.trouble, __ATOMIC_RELAXED)) {
             __atomic_store_n(row.trouble, 1, __ATOMIC_RELAXED);
             failed = true;
@@ -86,7 +81,6 @@ struct Host {
         std::this_thread::yield();
         return !failed;
     }
-    std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
 
     void publish(Packet* to, float value, uint32_t tag) {
         if (cta != setting.silent) __atomic_store_n(to, packet_of(value, tag), __ATOMIC_RELAXED);
@@ -169,9 +163,8 @@ FASTVID_API int fastvid_cuda_device(int64_t* processors, int64_t* shared_bytes) 
     return 0;
 }
 
-FASTVID_API const char* fastvid_cuda_error(int error) { return error == -2 ? "does not fit" : "bad argument"; }
+FASTVID_API const char* fastvid_cuda_error(int error) { return error == -2 ? "it does not fit" : "a bad argument"; }
 
-// The same for all rows: bytes of shared memory, and how many of the tasks stay in it.
 FASTVID_API int fastvid_pixelcnn_row(Row* row, int64_t row_size, void*) {
     if (row_size != (int64_t)sizeof(Row)) return -1;
     if (!plan(*row, setting.shared_bytes)) return -2;
