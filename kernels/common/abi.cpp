@@ -17,11 +17,14 @@ struct Level {
     fastvid::Outcome (*sampler_start)(const fastvid::SamplerJob&);
     fastvid::Outcome (*sampler_row)(const fastvid::SamplerJob&, int64_t, int64_t);
     fastvid::Outcome (*sampler_frame)(const fastvid::SamplerJob&, int64_t);
+    void (*gumbel_row)(const fastvid::NoiseCall&);
+    void (*draw_codes)(const fastvid::DrawCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
     {#level, fastvid::level::nearest_codebook, fastvid::level::update_codebook, fastvid::level::sampler_bytes,   \
-     fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame}
+     fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
+     fastvid::level::gumbel_row, fastvid::level::draw_codes}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -107,4 +110,20 @@ FASTVID_API int fastvid_sampler_row(const fastvid::SamplerJob* job, int64_t t, i
 
 FASTVID_API int fastvid_sampler_frame(const fastvid::SamplerJob* job, int64_t t) {
     return chosen.load()->sampler_frame(*job, t);
+}
+
+// Gumbel noise of one row of codes; see pixelcnn_sampler/cpu.h.
+FASTVID_API int fastvid_gumbel_row(const int64_t* samples, int64_t B, int64_t W, int64_t K, int64_t seed,
+                                   int64_t stream, int64_t t, int64_t y, float* noise) {
+    if (B < 0 || W < 1 || K < 1) return fastvid::BAD_ARGUMENT;
+    chosen.load()->gumbel_row({samples, noise, B, W, K, seed, stream, t, y});
+    return fastvid::DONE;
+}
+
+// Codes drawn from N rows of logits with noise that is given; see pixelcnn_sampler/cpu.h.
+FASTVID_API int fastvid_draw(const float* logits, const float* noise, int64_t N, int64_t K, float temperature,
+                             int64_t* codes) {
+    if (N < 0 || K < 1 || !(temperature > 0)) return fastvid::BAD_ARGUMENT;
+    chosen.load()->draw_codes({logits, noise, codes, N, K, temperature});
+    return fastvid::DONE;
 }

@@ -34,6 +34,23 @@ struct SamplerJob {
     int64_t threads;
 };
 
+// One row of codes of B samples: standard Gumbel noise.
+struct NoiseCall {
+    const int64_t* samples;  // [B]
+    float* noise;            // [B, W, K]
+    int64_t B, W, K;
+    int64_t seed, stream, t, y;
+};
+
+// Draws with noise that is given.
+struct DrawCall {
+    const float* logits;  // [N, K]
+    const float* noise;   // [N, K]
+    int64_t* codes;       // [N]
+    int64_t N, K;
+    float temperature;
+};
+
 // bytes: how much state a job needs, or -1 for a job that makes no sense. start: once, before anything else.
 // row: draws row y of frame t; rows come in raster order, the last one maybe again. frame: the whole of frame t, along
 // its anti-diagonals.
@@ -43,6 +60,8 @@ struct SamplerJob {
     Outcome sampler_start(const SamplerJob& job);                    \
     Outcome sampler_row(const SamplerJob& job, int64_t t, int64_t y); \
     Outcome sampler_frame(const SamplerJob& job, int64_t t);         \
+    void gumbel_row(const NoiseCall& call);                          \
+    void draw_codes(const DrawCall& call);                           \
     }
 FASTVID_ENTRIES(generic)
 FASTVID_ENTRIES(v2)
