@@ -18,13 +18,12 @@ struct Level {
     fastvid::Outcome (*sampler_row)(const fastvid::SamplerJob&, int64_t, int64_t);
     fastvid::Outcome (*sampler_frame)(const fastvid::SamplerJob&, int64_t);
     void (*gumbel_row)(const fastvid::NoiseCall&);
-    void (*draw_codes)(const fastvid::DrawCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
     {#level, fastvid::level::nearest_codebook, fastvid::level::update_codebook, fastvid::level::sampler_bytes,   \
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
-     fastvid::level::gumbel_row, fastvid::level::draw_codes}
+     fastvid::level::gumbel_row}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -117,13 +116,5 @@ FASTVID_API int fastvid_gumbel_row(const int64_t* samples, int64_t B, int64_t W,
                                    int64_t stream, int64_t t, int64_t y, float* noise) {
     if (B < 0 || W < 1 || K < 1) return fastvid::BAD_ARGUMENT;
     chosen.load()->gumbel_row({samples, noise, B, W, K, seed, stream, t, y});
-    return fastvid::DONE;
-}
-
-// Codes drawn from N rows of logits with noise that is given; see pixelcnn_sampler/cpu.h.
-FASTVID_API int fastvid_draw(const float* logits, const float* noise, int64_t N, int64_t K, float temperature,
-                             int64_t* codes) {
-    if (N < 0 || K < 1 || !(temperature > 0)) return fastvid::BAD_ARGUMENT;
-    chosen.load()->draw_codes({logits, noise, codes, N, K, temperature});
     return fastvid::DONE;
 }

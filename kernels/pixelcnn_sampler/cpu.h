@@ -42,15 +42,6 @@ struct NoiseCall {
     int64_t seed, stream, t, y;
 };
 
-// Draws with noise that is given.
-struct DrawCall {
-    const float* logits;  // [N, K]
-    const float* noise;   // [N, K]
-    int64_t* codes;       // [N]
-    int64_t N, K;
-    float temperature;
-};
-
 // bytes: how much state a job needs, or -1 for a job that makes no sense. start: once, before anything else.
 // row: draws row y of frame t; rows come in raster order, the last one maybe again. frame: the whole of frame t, along
 // its anti-diagonals.
@@ -61,7 +52,6 @@ struct DrawCall {
     Outcome sampler_row(const SamplerJob& job, int64_t t, int64_t y); \
     Outcome sampler_frame(const SamplerJob& job, int64_t t);         \
     void gumbel_row(const NoiseCall& call);                          \
-    void draw_codes(const DrawCall& call);                           \
     }
 FASTVID_ENTRIES(generic)
 FASTVID_ENTRIES(v2)

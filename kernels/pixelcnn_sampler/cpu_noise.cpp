@@ -1,4 +1,4 @@
-// Rows of noise, and draws with noise that is given; compiled once per instruction set level (see common/simd.h).
+// Rows of noise; compiled once per instruction set level (see common/simd.h).
 #include "pixelcnn_sampler/cpu.h"
 #include "pixelcnn_sampler/cpu_draw.h"
 
@@ -11,11 +11,6 @@ void gumbel_row(const NoiseCall& call) {
                                  (uint32_t)call.t,    (uint32_t)call.y,          (uint32_t)x};
             gumbel(place, call.K, call.noise + (b * call.W + x) * call.K);
         }
-}
-
-void draw_codes(const DrawCall& call) {
-    for (int64_t n = 0; n < call.N; ++n)
-        call.codes[n] = draw_with(call.logits + n * call.K, call.noise + n * call.K, call.K, call.temperature).code;
 }
 
 }  // namespace fastvid::FASTVID_LEVEL
