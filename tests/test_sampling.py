@@ -133,6 +133,9 @@ def test_packed_weights_follow_the_stack():
     assert pack_stack(stack) is not packed
     assert torch.equal(sample(stack, condition, noise), sample_naive(stack, condition, noise))
     assert not torch.equal(sample(stack, condition, noise), before)
+    packed = pack_stack(stack)
+    stack.embed.weight.data[3, 2] += 1  # no version counts this
+    assert pack_stack(stack) is not packed
 
 
 def test_big_models_are_sampled_from_half_the_bytes():
@@ -177,6 +180,8 @@ def test_refusals():
             sample(stack, condition, noise, given=wrong)
     with pytest.raises(ValueError, match="float64"):
         sample(stack.double(), condition, noise)
+    with pytest.raises(ValueError, match="2\\^32"):
+        Noise(0, (1 << 32,))
     noisy = GatedPixelStack(replace(BASE, dropout=0.1))
     with pytest.raises(ValueError, match="eval"):
         sample(noisy, torch.randn(1, 1, 2, 2, 6), Noise(0, (0,)))

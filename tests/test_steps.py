@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvid.sampling import Noise
+from fastvid.nn import GatedPixelStack, GatedStackConfig
+from fastvid.sampling import Noise, sample
 from fastvid.sampling.conv_steps import ConvCache, ConvSteps
-from fastvid.sampling.steps import ForwardSteps, before, check_steps, raster, sample_steps
+from fastvid.sampling.steps import ForwardSteps, StackSteps, before, check_steps, raster, sample_steps
 
 K = 11
 
@@ -144,6 +145,14 @@ def test_a_transformer_and_any_forward_draw_their_naive_codes():
     codes = sample_steps(model, shape, noise)
     assert torch.equal(codes, naive(model, shape, noise))
     assert torch.equal(codes, sample_steps(ForwardSteps(model), shape, noise))
+
+
+def test_the_gated_stack_keeps_the_contract():
+    config = GatedStackConfig(codes=K, channels=8, layers=3, condition_channels=4, attention_every=2, heads=2)
+    stack, condition, noise = GatedPixelStack(config).eval(), torch.randn(2, 3, 4, 3, 4), Noise(4, (1, 2))
+    steps = StackSteps(stack)
+    check_steps(steps, lambda codes, condition: stack(codes, condition), (3, 4, 3), condition=condition)
+    assert torch.equal(sample_steps(steps, (3, 4, 3), noise, condition=condition), sample(stack, condition, noise))
 
 
 @pytest.mark.parametrize("name", ["1d-dilated", "2d", "3d"])

@@ -69,6 +69,17 @@ def pack_pixelcnn(
     return packed.pack(state, groups, heads, wavefront, weights)
 
 
+def pixelcnn_session(weights: Tensor, table: Tensor, condition: Tensor) -> reference.Session:
+    """The caches of the torch sampler for one batch, to be stepped from outside.
+
+    weights, table: of `pack_pixelcnn`. condition: [B, T, H, W, condition_channels] float32.
+    Returns:   a session: `logits(t, y, x)` [B, K] in raster order, the codes before having been written to `job.codes`.
+    """
+    samples = torch.arange(len(condition), device=condition.device)
+    job = session.Job(Packed(weights, table), condition, samples, 0, 0, 0, 1.0, 1, "raster", None, None)
+    return reference.Session(job)
+
+
 def _fake(weights: Tensor, table: Tensor, condition: Tensor, *_) -> tuple[Tensor, ...]:
     new, grid = condition.new_empty, condition.shape[:4]
     return new(grid), new(grid), new(grid, dtype=torch.int64), new(grid[:3], dtype=torch.int64)
@@ -122,7 +133,7 @@ def pixelcnn_sample(
     Returns:     Sampled(logprob [B, T, H, W], margin [B, T, H, W], codes [B, T, H, W] int64, passes [B, T, H] int64):
                  the log-probability in nats of each code at temperature 1; by how much the best score beat the second
                  (infinity for given codes); how often each row's networks were evaluated, or for a wavefront, in the
-                 first entry of a frame, the number of its steps.
+                 first entry of a frame, the number of its steps. With window 0 passes may differ from run to run.
     Raises:      ValueError for shapes, dtypes or devices that do not fit, codes outside [0, K), a temperature that is
                  not positive, an unknown order, or a wavefront of a model that has none.
     Source:      Ramachandran et al. 2017, arXiv:1704.06001 (caches); Song et al. 2021, arXiv:2002.03629, and Wiggers

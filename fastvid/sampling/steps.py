@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvid import ops
-from fastvid.sampling.gated import Progress
+from fastvid.nn import GatedPixelStack
+from fastvid.ops import Progress
+from fastvid.sampling.gated import pack_stack
 from fastvid.sampling.noise import Noise
 
 Position = tuple[int, int, int]  # t, y, x
@@ -97,6 +99,26 @@ class ForwardSteps:
         if codes is not None:
             grid[(slice(None), *before(position, grid.shape[1:]))] = codes
         return self.forward(grid, **conditioning)[(slice(None), *position)]
+
+
+class StackSteps:
+    """A GatedPixelStack as a StepwiseModel, over the caches of the torch sampler; `sample` is its fast way.
+
+    new_cache: takes `condition`, [B, T, H, W, condition_channels].
+    """
+
+    def __init__(self, stack: GatedPixelStack):
+        self.stack = stack
+
+    def new_cache(self, batch: int, shape: Position, condition: Tensor) -> Any:
+        """Caches of one batch, on the device of the condition."""
+        return ops.pixelcnn_session(*pack_stack(self.stack, "float32"), condition.float().contiguous())
+
+    def step(self, cache: Any, codes: Tensor | None, position: Position) -> Tensor:
+        """Logits [B, K] at a position."""
+        if codes is not None:
+            cache.job.codes[(slice(None), *before(position, cache.job.grid[1:]))] = codes
+        return cache.logits(*position)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One trained gated PixelCNN as every sampler reads it: a blob of weights, and a table of what lies where in it.
 
-`pack` makes both from the tensors of a state dict and the taps of its convolutions, `unpack` gives plain matrices back,
-`Table` names the words. The layout is described in README.md beside this file.
+`pack` makes both from the tensors of a state dict and the taps of its convolutions, `Unpacked` gives plain matrices
+back, `Table` names the words. The layout is described in README.md beside this file.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,8 @@ class Table:
     def __init__(self, words: Tensor):
         self.words: list[int] = words.tolist()
         if self.words[:1] != [VERSION] or len(self.words) < len(HEADER) or self.words[-1 + len(HEADER)] != len(words):
-            raise ValueError(f"not the table of a packed model of version {VERSION}: it starts with {self.words[:1]}.")
+            got = f"got words starting with {self.words[:1]}"
+            raise ValueError(f"Table: wanted a packed model of version {VERSION}, {got}; pack the model again.")
 
     def __getattr__(self, name: str) -> int:
         if name in HEADER:
@@ -138,7 +139,7 @@ class _Writer:
         self.bytes, self.parts, self.device = 0, [], embed.device
 
     def finish(self) -> Packed:
-        sections = [self._globals(), *(self._layer(i) for i in range(self.layers))]
+        shared, layers = self._globals(), [self._layer(i) for i in range(self.layers)]
         taps = [word for group in self.taps for tap in group for word in tap]
         first_global = len(HEADER) + len(taps)
         first_layer = first_global + len(GLOBALS)
@@ -152,8 +153,8 @@ class _Writer:
             max(max(abs(dy), abs(dx)) for _, dy, dx in every), *counts,
             len(HEADER), first_global, first_layer, len(LAYER), self.channels, first_layer + self.layers * len(LAYER),
         ]  # fmt: skip
-        words = header + taps + [s.get(name, ABSENT) for name in GLOBALS for s in sections[:1]]
-        words += [section.get(name, ABSENT) for section in sections[1:] for name in LAYER]
+        words = header + taps + [shared.get(name, ABSENT) for name in GLOBALS]
+        words += [layer.get(name, ABSENT) for layer in layers for name in LAYER]
         return Packed(torch.cat(self.parts), torch.tensor(words, dtype=torch.int64))
 
     def _globals(self) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
 A plan splits the training forward by what is known when:
 
-    frame(t)           earlier frames' taps of every layer and the condition: dense work over a whole plane
-    row(y)             the vertical stream of all layers for one row: it never looks at the row's own codes
-    pixel(x)           the horizontal stream at one position: the taps to the left, attention, head
+    frame      earlier frames' taps of every layer and the condition: dense work over a whole plane
+    row        the vertical stream of all layers for one row: it never looks at the row's own codes
+    pixel      the horizontal stream at one position: the taps to the left, attention, head
 
 Every matrix product is batched over the samples, so that a sample's codes do not depend on its neighbours in the batch.
 Source: Ramachandran et al. 2017, arXiv:1704.06001, for the caches; the split by frame is ours.
@@ -66,7 +66,7 @@ class Session:
     """The caches and the three passes for one job; `dtype` float64 makes it the truth that others are judged by."""
 
     def __init__(self, job: Job, dtype: torch.dtype = torch.float32):
-        self.job, self.table, self.at = job, job.table, None
+        self.job, self.table, self.t = job, job.table, None
         model, taps = Unpacked(job.packed, dtype), job.table.taps
         self.condition = job.condition.to(dtype)
         self.grid = _Grid(*job.grid, job.table.radius, self.condition)
@@ -85,32 +85,37 @@ class Session:
         """Draw row y of frame t, one position after the other; `window` and `order` are not used."""
         job, W = self.job, self.grid.shape[3]
         with _threads_for(job):
-            if self.at != t:
-                self._frame(t)
-            self._row(y)
             gumbel = gumbel_row(*job.noise, job.first_step + t, y, W, self.table.codes)
             given = torch.full_like(job.codes[:, t, y], OPEN) if job.given is None else job.given[:, t, y]
             for x in range(W):
-                self._put(t, y, x, self._pixel(x), gumbel[:, x], given[:, x])
+                self._put(t, y, x, self.logits(t, y, x), gumbel[:, x], given[:, x])
         job.passes[:, t, y] = W
 
-    def _frame(self, t: int) -> None:
+    def logits(self, t: int, y: int, x: int) -> Tensor:
+        """Logits [B, K] at a position, asked for in raster order, the codes before it being in `job.codes`."""
+        if x == 0:
+            if self.t != t:
+                self._start_frame(t)
+            self._start_row(y)
+        return self._pixel(x)
+
+    def _start_frame(self, t: int) -> None:
         """Everything about frame t that earlier frames and the condition already decide."""
-        self.at = t
+        self.t = t
         for layer in self.layers:
             layer.frame(t, self.condition)
 
-    def _row(self, y: int) -> None:
+    def _start_row(self, y: int) -> None:
         """The vertical stream of every layer for row y, and what it hands to the horizontal stream."""
         self.y = y
-        self.started = self.input_horizontal.row(self.at, y, present=False)  # [B, W, C]
-        v = self.input_vertical.row(self.at, y, present=True)
+        self.started = self.input_horizontal.row(self.t, y, present=False)  # [B, W, C]
+        v = self.input_vertical.row(self.t, y, present=True)
         for layer in self.layers:
             v = layer.row(v, y)
 
     def _pixel(self, x: int) -> Tensor:
         """Logits of the code at column x, all codes before it having been put. -> [B, K]."""
-        h = self.input_horizontal.add_left(self.started[:, x], self.at, self.y, x).unsqueeze(1)  # [B, 1, C]
+        h = self.input_horizontal.add_left(self.started[:, x], self.t, self.y, x).unsqueeze(1)  # [B, 1, C]
         for layer in self.layers:
             h = layer.pixel(h, x)
         for affine in self.head:

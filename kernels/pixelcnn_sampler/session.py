@@ -98,7 +98,7 @@ def run(
     """
     job = Job(Packed(weights, table), *arguments)
     B, T, H, W = job.grid
-    if job.condition.numel() or B * T * H * W:
+    if B * T * H * W:
         made = session(job)
         for t in range(T):
             if job.wavefront and hasattr(made, "frame"):
