@@ -269,8 +269,8 @@ def _gate(row: Row, tiers: dict[str, Tier]) -> str:
         if not worst <= 2 * LOGIT_ERROR[tier.weights]:
             raise GateError(f"{name} ({tier.weights}): log-probabilities are off by up to {worst:.1e} nats")
         told.append(f"{name} ({tier.weights}) off by {apart.abs().mean():.1e} nats a code, {apart.mean():+.1e} in all")
-        for number in range(2):
-            _judge_draws(row, name, tier, number)
+    for name in {(one.backend, one.weights): name for name, one in reversed(tiers.items())}.values():
+        _judge_draws(row, name, tiers[name], 1)  # a round that the sessions were not opened with
     _same_codes(row, tiers)
     likely = torch.log_softmax(logits[:, t, y], dim=-1)
     return "; ".join([*told, f"entropy {-(likely.exp() * likely).sum(-1).mean().item():.2g} nats a code"])

@@ -42,11 +42,13 @@ def table(case: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def notes(case: dict[str, Any]) -> list[str]:
     """What the table cannot hold: scaled and given times, memory beyond inputs and outputs, and the floor."""
-    lines = []
+    lines, scaled = [], {}
     for row in case["contestants"]:
         if "scaled_from" in row:
-            where = row.get("sampled", "spread over the grid")
-            lines.append(f"  {row['name']}: {row['scaled_from']} codes a run, {where}, scaled up to all")
+            how = f"{row['scaled_from']} codes a run, {row.get('sampled', 'spread over the grid')}, scaled up to all"
+            scaled.setdefault(how, []).append(row["name"])
+    lines += [f"  {', '.join(names)}: {how}" for how, names in scaled.items()]
+    for row in case["contestants"]:
         if row.get("given"):
             lines.append(f"  {row['name']}: a given time, not a program's")
     ours = next(row for row in case["contestants"] if row["name"] == case["ours"])
