@@ -29,7 +29,8 @@ BEGIN, END = "<!-- status: written by bench/status.py -->", "<!-- end of status 
 SHAPES = {"cpu": {"shapes": 100, "repeats": 5}, "cuda": {"shapes": 30, "repeats": 20},
           "interpreter": {"shapes": 10, "repeats": 2}}  # fmt: skip
 SAME = ("op", "backend", "place", "device")  # what tells entries apart
-COLUMNS = ("op", "torch", "CPU, native", "Triton, interpreted", "Triton, compiled for", "Triton, on a GPU")
+COLUMNS = ("op", "torch", "CPU, native", "Triton, interpreted", "Triton, compiled for", "Triton, on a GPU",
+           "CUDA, on a GPU")  # fmt: skip
 
 Entry = dict[str, Any]
 
@@ -116,8 +117,9 @@ def render(verified: list[Entry], chips: dict[str, str]) -> str:
             cells.append(_verified(verified, name, "triton", "has not run on a GPU", "cuda"))
         else:
             cells += ["-"] * 3
+        cells.append(_verified(verified, name, "cuda", "has not run on a GPU", "cuda") if "cuda" in has else "-")
         rows.append((f"`{name}`", *cells))
-    rows += [(f"`{name}`", "by its tests", *["-"] * 4) for name in ops.REFERENCE_ONLY]
+    rows += [(f"`{name}`", "by its tests", *["-"] * (len(COLUMNS) - 2)) for name in ops.REFERENCE_ONLY]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -36,8 +36,10 @@ def test_every_op_has_a_row_and_nothing_is_claimed():
         assert row["torch"] == "not verified" and "20" not in "".join(row.values())
         if "triton" in {backend.name for backend in ops.OPS[name].backends}:
             assert row["Triton, on a GPU"] == "has not run on a GPU" and row["Triton, compiled for"] == "not verified"
+        has_cuda = "cuda" in {backend.name for backend in ops.OPS[name].backends}
+        assert row["CUDA, on a GPU"] == ("has not run on a GPU" if has_cuda else "-")
     for name in ops.REFERENCE_ONLY:
-        assert list(cells(table, name).values())[1:] == ["by its tests", "-", "-", "-", "-"]
+        assert list(cells(table, name).values())[1:] == ["by its tests", *["-"] * 5]
 
 
 def test_what_was_verified_is_dated_and_placed():
@@ -51,6 +53,8 @@ def test_what_was_verified_is_dated_and_placed():
     assert row["Triton, interpreted"] == "2026-01-02, CPU A" and row["Triton, on a GPU"] == "has not run on a GPU"
     verified.append(entry(backend="triton", place="cuda", device="GPU"))
     assert cells(status.render(verified, {}), "nearest_codebook")["Triton, on a GPU"] == "2026-01-02, GPU"
+    verified.append(entry(op="pixelcnn_sample", backend="cuda", place="cuda", device="GPU"))
+    assert cells(status.render(verified, {}), "pixelcnn_sample")["CUDA, on a GPU"] == "2026-01-02, GPU"
 
 
 def test_the_newest_of_all_files_counts(tmp_path):
