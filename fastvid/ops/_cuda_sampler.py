@@ -11,7 +11,7 @@ from fastvid.kernels.pixelcnn_sampler.packed import Table
 from fastvid.kernels.pixelcnn_sampler.session import Job
 
 CHUNK = 256  # keys that one CTA attends to; part of what decides the rounding
-PATIENCE = 2.0  # seconds without an awaited value after which a launch gives up
+PATIENCE = 2.0  # seconds after which a launch that still waits gives up; a row takes milliseconds
 SUMMARY = 6  # numbers that a strip of classes says about a draw
 MOST_THREADS = 256
 

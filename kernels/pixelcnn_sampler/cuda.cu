@@ -26,13 +26,14 @@ struct Gpu {
     const int cta, threads;
     char* const shared;
     int32_t* const trouble;
-    const uint64_t patience;
+    const uint64_t deadline;
+    const bool at_once;  // no patience at all
     Lane<TILE> lane;
     bool failed = false;
 
     __device__ Gpu(const Row& row, char* memory)
         : cta((int)blockIdx.x), threads((int)blockDim.x), shared(memory), trouble(row.trouble),
-          patience((uint64_t)row.patience) {}
+          deadline(nanoseconds() + (uint64_t)row.patience), at_once(row.patience == 0) {}
 
     template <class F>
     __device__ __forceinline__ void each(F f) {
@@ -48,34 +49,28 @@ struct Gpu {
     }
 
     __device__ __forceinline__ void await2(const Packet* from, Packet* got, uint32_t tag) {
-        if (!failed && tag_of(got[0]) != tag) failed = !spin(from, got, tag, trouble, patience);
-        if (!failed && tag_of(got[1]) != tag) failed = !spin(from + 1, got + 1, tag, trouble, patience);
+        for (uint32_t tries = 1; tag_of(got[0]) != tag || tag_of(got[1]) != tag; ++tries) {
+            if (failed || lost(tries)) break;
+            peek2(from, got);
+        }
     }
 
     __device__ __forceinline__ float await(const Packet* from, uint32_t tag) {
         Packet got;
-        asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(got) : "l"(from) : "memory");
-        if (!failed && tag_of(got) != tag) failed = !spin(from, &got, tag, trouble, patience);
-        return value_of(got);
+        for (uint32_t tries = 1;; ++tries) {
+            asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(got) : "l"(from) : "memory");
+            if (tag_of(got) == tag || failed || lost(tries)) return value_of(got);
+        }
     }
 
-    // False: it lasted too long, here or elsewhere. It does not take `this`, which would drive lanes out of registers.
-    __device__ __forceinline__ static bool spin(
-        const Packet* from, Packet* got, uint32_t tag, int32_t* trouble, uint64_t patience) {
-        uint64_t since = 0;
-        for (uint32_t tries = 1;; ++tries) {
-            asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(*got) : "l"(from) : "memory");
-            if (tag_of(*got) == tag) return true;
-            if (tries % 64) continue;
-            int32_t seen;
-            asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(trouble) : "memory");
-            if (seen) return false;
-            const uint64_t now = nanoseconds();
-            if (!since) since = now;
-            if (now - since < patience) continue;
-            asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" : : "l"(trouble), "r"(1) : "memory");
-            return false;
-        }
+    // Whether the launch has lasted too long, or another CTA found that it has.
+    __device__ __forceinline__ bool lost(uint32_t tries) {
+        if (tries % 256 && !at_once) return false;
+        int32_t seen;
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(trouble) : "memory");
+        failed = seen || at_once || nanoseconds() > deadline;
+        if (failed) asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" : : "l"(trouble), "r"(1) : "memory");
+        return failed;
     }
 
     __device__ __forceinline__ void publish(Packet* to, float value, uint32_t tag) {

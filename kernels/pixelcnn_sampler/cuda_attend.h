@@ -22,19 +22,20 @@ struct Chunk {
 
     W& w;
     const Row& row;
-    const int x, E, vectors, lanes, keys;
-    const int64_t head, first_key, before, N;
+    const int x, E, vectors, lanes, pair, head;  // pair: sample * A + head
+    const int64_t first_key, before, N;
+    const int keys;
     const Packet* const line;  // queries, keys and values of the row's first column, this sample and attention
     const Cached* const cache;
     float *const dots, *const scores, *const ends, *const sums;
 
     // item: (sample * A + head) * chunks + chunk
-    FASTVID_BOTH Chunk(W& worker, int64_t attention, int column, int64_t item, int64_t chunks)
+    FASTVID_BOTH Chunk(W& worker, int64_t attention, int column, int item, int chunks)
         : w(worker), row(w.row), x(column), E((int)row.E), vectors(E / 8), lanes(w.m.threads / vectors),
-          keys((int)least(row.chunk, keys_before(row) + x + 1 - item % chunks * row.chunk)), head(item / chunks % row.A),
-          first_key(item % chunks * row.chunk), before(keys_before(row)), N(row.T * row.H * row.W),
-          line(row.qkv + (attention * row.B + item / chunks / row.A) * row.W * 3 * row.attention_width() + head * E),
-          cache((const Cached*)row.cache + ((attention * row.B + item / chunks / row.A) * 2 * row.A + head) * N * E),
+          pair(item / chunks), head(pair % (int)row.A), first_key((item - (int64_t)pair * chunks) * row.chunk),
+          before(keys_before(row)), N(row.T * row.H * row.W), keys((int)least(row.chunk, before + x + 1 - first_key)),
+          line(row.qkv + (attention * row.B + pair / (int)row.A) * row.W * 3 * row.attention_width() + head * E),
+          cache((const Cached*)row.cache + ((attention * row.B + pair / (int)row.A) * 2 * row.A + head) * N * E),
           dots(w.input), scores(dots + row.chunk * vectors), ends(scores + row.chunk), sums(ends + 2 * w.m.threads) {}
 
     FASTVID_BOTH static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -143,25 +144,27 @@ struct Chunk {
     }
 };
 
-FASTVID_BOTH int64_t chunks_at(const Row& row, int x) { return (keys_before(row) + x + row.chunk) / row.chunk; }
+FASTVID_BOTH int chunks_at(const Row& row, int x) {
+    return (int)((uint32_t)(keys_before(row) + x + row.chunk) / (uint32_t)row.chunk);
+}
 
 template <class W>
-FASTVID_BOTH Packet* part_at(W& w, int64_t attention, int64_t sample, int64_t head, int64_t chunk) {
+FASTVID_BOTH Packet* part_at(W& w, int64_t attention, int64_t pair, int chunk) {
     const Row& row = w.row;
-    const int64_t place = ((attention * row.B + sample) * row.A + head) * most_chunks(row) + chunk;
+    const int64_t place = (attention * row.B * row.A + pair) * w.part_stride + chunk;
     return row.parts + place * (row.E + 2);
 }
 
 template <class W>
 FASTVID_BOTH bool attend(W& w, int64_t attention, int x) {
     const Row& row = w.row;
-    const int64_t chunks = chunks_at(row, x);
-    for (int64_t item = w.m.cta; item < row.B * row.A * chunks; item += row.ctas) {
+    const int chunks = chunks_at(row, x), items = (int)(row.B * row.A) * chunks;
+    for (int item = w.m.cta; item < items; item += w.ctas) {
         Chunk<W> chunk(w, attention, x, item, chunks);
         if (!chunk.score()) return false;
         const float largest = chunk.weigh();
         if (!w.m.agree()) return false;
-        chunk.publish(largest, part_at(w, attention, item / chunks / row.A, chunk.head, item % chunks));
+        chunk.publish(largest, part_at(w, attention, chunk.pair, item - chunk.pair * chunks));
     }
     return true;
 }
@@ -171,7 +174,7 @@ template <class W>
 FASTVID_BOTH void merge(W& w, int64_t attention, int x, int first, int n) {
     const Row& row = w.row;
     const int D = (int)row.attention_width(), E = (int)row.E, half = D / 2;
-    const int chunks = (int)chunks_at(row, x);
+    const int chunks = chunks_at(row, x);
     const auto wait = [&](const Packet* from, float& a, float& b) {
         Packet got[2];
         w.m.peek2(from, got);
@@ -180,19 +183,19 @@ FASTVID_BOTH void merge(W& w, int64_t attention, int x, int first, int n) {
     };
     w.m.each([&](int thread, typename W::L&) {
         for (int i = thread; i < n * half; i += w.m.threads) {
-            const int sample = first + i / half, at = i % half * 2;
-            const Packet* part = part_at(w, attention, sample, at / E, 0);
-            float largest = -INFINITY, top, sum, a, b, above[2] = {0, 0}, below = 0;
+            const int b = w.tile_index(i, half), at = (i - b * half) * 2;
+            const Packet* part = part_at(w, attention, (first + b) * row.A + at / E, 0);
+            float largest = -INFINITY, top, sum, left, right, above[2] = {0, 0}, below = 0;
             for (int chunk = 0; chunk < chunks; ++chunk) {
                 wait(part + chunk * (E + 2) + E, top, sum);
                 largest = fmaxf(largest, top);
             }
             for (int chunk = 0; chunk < chunks; ++chunk) {
                 wait(part + chunk * (E + 2) + E, top, sum);
-                wait(part + chunk * (E + 2) + at % E, a, b);
+                wait(part + chunk * (E + 2) + at % E, left, right);
                 const float share = expf(top - largest);
                 below = fmaf(share, sum, below);
-                above[0] = fmaf(share, a, above[0]), above[1] = fmaf(share, b, above[1]);
+                above[0] = fmaf(share, left, above[0]), above[1] = fmaf(share, right, above[1]);
             }
             w.input[2 * i] = above[0] / below, w.input[2 * i + 1] = above[1] / below;
         }

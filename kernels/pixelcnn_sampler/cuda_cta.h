@@ -107,12 +107,15 @@ struct Worker {
     float* const input;  // [taps][TILE][C], or [TILE][D], or what a phase without products needs
     float* const chosen;  // [2][TILE][STRIP]: logits and scores of one strip
     int* const codes;     // [B][taps]: of column x modulo taps
+    const int C, taps, ctas;
+    const int part_stride;  // most chunks of keys: a division that nobody should wait for
     const int slot_bytes;
     int task = 0, next_task, next_slot = 0, slot = 0, parity = 0;
 
     FASTVID_BOTH Worker(Machine& machine, const Row& r)
         : m(machine), row(r), layout(r, TILE), input((float*)(machine.shared + layout.scratch)),
           chosen((float*)(machine.shared + layout.choice)), codes((int*)(machine.shared + layout.codes)),
+          C((int)r.C), taps((int)r.taps), ctas((int)r.ctas), part_stride(r.A ? (int)most_chunks(r) : 0),
           slot_bytes((int)((r.shared_bytes - layout.weights - Layout::up(r.resident_bytes)) / DEPTH)),
           next_task((int)r.resident_tasks) {
         const int moving = row.resident_tasks < row.task_count ? DEPTH - 1 : 0;
@@ -125,6 +128,7 @@ struct Worker {
     }
 
     FASTVID_BOTH int samples(int first) const { return row.B - first < TILE ? (int)(row.B - first) : TILE; }
+    FASTVID_BOTH static int tile_index(int i, int each) { return TILE == 1 ? 0 : i / each; }
     FASTVID_BOTH uint32_t tag(int x) const { return (uint32_t)(row.tag + x + 1); }
     FASTVID_BOTH char* resident(int i) { return m.shared + layout.weights + (int64_t)row.tasks[i].offset * 16; }
 
@@ -188,9 +192,11 @@ struct Worker {
     // Packets [B, width] of column x and a tile of samples into `to` [TILE, width].
     FASTVID_BOTH void stage(const Packet* from, int64_t sample_stride, int width, int n, int x, float* to) {
         const int half = width / 2;
-        gather(
-            n * half, tag(x), [&](int i) { return from + i / half * sample_stride + i % half * 2; },
-            [&](int i, float a, float b) { to[2 * i] = a, to[2 * i + 1] = b; });
+        const auto address = [&](int i) {
+            const int b = tile_index(i, half);
+            return from + b * sample_stride + (i - b * half) * 2;
+        };
+        gather(n * half, tag(x), address, [&](int i, float a, float b) { to[2 * i] = a, to[2 * i + 1] = b; });
     }
 
     FASTVID_BOTH void clear() {
@@ -243,7 +249,7 @@ struct Worker {
     template <class P>
     FASTVID_BOTH bool run(P& p) {
         const int strips = strips_of(p.outputs()), rows = p.rows(), segments = p.segments(), skipped = p.skipped();
-        for (int strip = m.cta; strip - m.cta < strips; strip += (int)row.ctas) {
+        for (int strip = m.cta; strip - m.cta < strips; strip += ctas) {
             const float* scales = Weight::SCALED ? row.strip_scale + (m.cta * row.task_count + task) * STRIP : nullptr;
             const char* weights = take();
             if (strip >= strips) continue;

@@ -167,7 +167,7 @@ struct Settle {
         Best best;
         for (int i = 0; i < SCAN; ++i) best.meet(joined(high[b * SCAN + i], low[b * SCAN + i]), second[b * SCAN + i]);
         const int given = given_at(row, sample, x), code = given < 0 ? code_of(best.key) : given;
-        w.codes[sample * row.taps + x % row.taps] = code;
+        w.codes[sample * w.taps + x % w.taps] = code;
         if (!writes()) return;
         float sum = 0;
         for (int i = 0; i < SCAN; ++i) sum += sums[b * SCAN + i];

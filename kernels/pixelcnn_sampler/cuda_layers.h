@@ -30,14 +30,14 @@ struct Product {
         return phase == TAPS ? 2 * C : phase == QKV ? 3 * D : phase == HEAD2 ? (int)row.K : C;
     }
     FASTVID_BOTH int rows() const { return phase == ATT_OUT ? D : C; }
-    FASTVID_BOTH int segments() const { return phase == TAPS ? (int)row.taps : 1; }
+    FASTVID_BOTH int segments() const { return phase == TAPS ? w.taps : 1; }
 
     // Taps that reach out of the row on its left.
     FASTVID_BOTH int skipped() const { return segments() - 1 > x ? segments() - 1 - x : 0; }
 
     // Every layer's input at a column; the last one's output, through the head's first activation, is number L.
     FASTVID_BOTH Packet* stream(int layer, int64_t sample, int column) const {
-        return row.streams + ((layer * row.B + sample) * row.taps + column % row.taps) * C;
+        return row.streams + ((layer * row.B + sample) * w.taps + column % w.taps) * C;
     }
     FASTVID_BOTH Packet* gated(int64_t sample) const { return row.gated + (l * row.B + sample) * C; }
     FASTVID_BOTH Packet* attended(int64_t sample) const { return row.attended + (attention * row.B + sample) * C; }
@@ -59,7 +59,7 @@ struct Product {
     FASTVID_BOTH void early(int first, int n) {
         for (int tap = skipped(); tap < segments() - 1; ++tap) {
             const int at = x - (segments() - 1) + tap;
-            w.stage(stream(l, first, at), row.taps * C, C, n, at, w.input + tap * W::TILE * C);
+            w.stage(stream(l, first, at), w.taps * C, C, n, at, w.input + tap * W::TILE * C);
         }
     }
 
@@ -73,23 +73,23 @@ struct Product {
                              : phase == QKV   ? attended(first)
                                               : row.hidden + first * C;
         float* to = w.input + (segments() - 1) * W::TILE * C;
-        w.stage(from, one_of_columns ? row.taps * C : C, C, n, x, to);
+        w.stage(from, one_of_columns ? w.taps * C : C, C, n, x, to);
     }
 
     // The first layer's input: everybody looks it up, and the owners of the outgoing strips hand it on.
     FASTVID_BOTH void look_up(int first, int n) {
-        const int left = (int)row.taps - 1;
+        const int left = w.taps - 1;
         float* to = w.input + left * W::TILE * C;
         w.m.each([&](int thread, Lane&) {
             for (int i = thread; i < n * C; i += w.m.threads) {
-                const int b = i / C, c = i % C;
+                const int b = w.tile_index(i, C), c = i - b * C;
                 float h = row.start[((first + b) * row.W + x) * C + c];
                 for (int tap = left > x ? left - x : 0; tap < left; ++tap) {
-                    const int code = w.codes[(first + b) * row.taps + (x - left + tap) % row.taps];
+                    const int code = w.codes[(first + b) * w.taps + (x - left + tap) % w.taps];
                     h += row.table[(tap * row.K + code) * row.table_stride + c];
                 }
                 to[i] = h;
-                if (strip_of(c) % row.ctas == w.m.cta) publish_stream(0, first + b, c, h);
+                if (strip_of(c) % w.ctas == w.m.cta) publish_stream(0, first + b, c, h);
             }
         });
     }
@@ -158,9 +158,9 @@ struct Product {
             value *= (float)row.scale;
         } else {
             const int64_t N = row.T * row.H * row.W, place = (row.t * row.H + row.y) * row.W + x;
-            const int64_t which = at / D - 1, head = at % D / row.E;
+            const int E = (int)row.E, which = at / D - 1, head = at % D / E;
             const int64_t line = ((attention * row.B + sample) * 2 + which) * row.A + head;
-            value = keep(value, ((Cached*)row.cache)[(line * N + place) * row.E + at % row.E]);
+            value = keep(value, ((Cached*)row.cache)[(line * N + place) * E + at % E]);
         }
         w.m.publish(row.qkv + ((attention * row.B + sample) * row.W + x) * 3 * D + at, value, w.tag(x));
     }

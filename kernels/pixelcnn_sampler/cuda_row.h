@@ -42,7 +42,7 @@ struct Row {
     int64_t t, y;                       // of this row
     int64_t ctas, threads, chunk;       // chunk: keys that one CTA attends to
     int64_t tag;                        // packets of column x carry tag + x + 1; larger in every launch
-    int64_t patience;                   // nanoseconds without the awaited packet after which a launch gives up
+    int64_t patience;                   // nanoseconds after which a launch that still waits gives up
     int64_t seed, stream, step;         // of the noise; step: its t
     int64_t code_stride;                // from sample to sample in codes, given, logprob and margin
     int64_t plane_layer, plane_sample;  // strides of `plane` in floats

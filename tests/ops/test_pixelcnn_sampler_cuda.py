@@ -111,16 +111,17 @@ def test_short_weights_keep_keys_and_values_in_bfloat16(host, weights):
     args = case.make()
     result, _ = played(host, args)
     gap, apart = (
-        (session.run(made, *args[:10], result.codes, None)[0] - result.logprob).abs().max()
+        (session.run(made, *args[:10], result.codes, None)[0] - result.logprob).abs().median()
         for made in (Rounding, reference.Session)
     )
     # a sum on the edge between two bfloat16 numbers may go either way; that is one number among thousands
     assert gap < apart / 10, f"{gap} from the reference that rounds, {apart} from the one that does not"
 
 
-@pytest.mark.parametrize("ctas", [2, 7])
-def test_ctas_that_run_as_they_like_find_the_same(host, ctas):
-    args = MEASURED.make()
+@pytest.mark.parametrize("ctas", [2, 5])
+def test_ctas_that_run_as_they_like_find_the_same(host, ctas, monkeypatch):
+    monkeypatch.setattr(_cuda_sampler, "PATIENCE", 300.0)  # they share a few busy processors
+    args = replace(MEASURED, grid=(2, 2, 2, 4)).make()
     assert same(played(host, args, ctas, BY_THREADS)[0], played(host, args, 1)[0])
 
 
@@ -129,17 +130,19 @@ def test_weights_that_stay_or_move_give_the_same_bits(host):
     whole, all_stay = played(host, args, 2)
     assert all_stay.resident_tasks == all_stay.task_count
     fixed = all_stay.shared_bytes - all_stay.resident_bytes
-    some, none = fixed + 3 * all_stay.resident_bytes // 4, 0
-    for shared in (some, none):
-        if not shared:  # just what the moving ones need
-            shared = next(s for s in range(fixed // 2, some, 256) if fits(host, args, s))
+    rooms = range(fixed, all_stay.shared_bytes, 1024)
+    tightest = next(room for room in rooms if fits(host, args, room))
+    stayed = []
+    for shared in (tightest, (tightest + all_stay.shared_bytes) // 2):
         result, fields = played(host, args, 2, shared=shared)
-        assert fields.resident_tasks < fields.task_count and same(result, whole)
+        assert same(result, whole)
+        stayed.append(fields.resident_tasks)
+    assert 0 <= stayed[0] < stayed[1] < all_stay.task_count
 
 
 def fits(host, args: tuple, shared: int) -> bool:
     try:
-        return bool(played(host, one_of(args, 0), 2, shared=shared))
+        return bool(played(host, args, 2, shared=shared))
     except RuntimeError as error:
         assert "it does not fit" in str(error)
         return False
