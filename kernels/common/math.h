@@ -1,5 +1,6 @@
-// Elementary functions on vectors. A lane's result depends on that lane alone. NaN gives NaN. The worst errors, in units
-// in the last place over all arguments, are what tests/native/sampler_math.cpp measures and holds.
+// Elementary functions on vectors. A lane's result depends on that lane alone; NaN gives NaN. Worst errors, in units in
+// the last place over all arguments: exp and elu 1.1, sigmoid 2.4, tanh 2.6, gate 5; tests/native/sampler_math.cpp
+// measures and holds them.
 #pragma once
 
 #include "common/simd.h"

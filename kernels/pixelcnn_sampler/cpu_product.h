@@ -22,7 +22,7 @@ enum WeightType : int32_t { WEIGHTS_FLOAT32 = 0, WEIGHTS_BFLOAT16 = 1, WEIGHTS_I
 // A packed matrix of taps * width rows.
 struct Matrix {
     const void* panels;  // on a boundary of 64 bytes
-    const float* scale;  // [N] for int8, otherwise null
+    const float* scale;  // [N] for int8; null: 1
     int64_t taps, width;
     int32_t type;  // WeightType
 };
@@ -127,7 +127,7 @@ template <class Weights, int ROWS, int PANELS>
 void tile(const Product& product, int64_t row, int64_t panel) {
     const Matrix& matrix = product.matrix;
     const int64_t width = matrix.width, panel_bytes = matrix.taps * width * Weights::BYTES;
-    const bool scaled = Weights::BYTES == PANEL;
+    const bool scaled = Weights::BYTES == PANEL && matrix.scale;  // an absent matrix has neither taps nor a scale
     Floats sums[ROWS][PANELS][PIECES];
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS; ++m)
