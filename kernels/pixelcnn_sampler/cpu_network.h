@@ -134,12 +134,14 @@ void past_layer(const State& state, const Cells& cells, int64_t l, int64_t first
     product.inputs = conditions.at;
     product.outputs = h.at;
     multiply(product, first, last);
+    Matrix nothing = layer.cond;  // stands in for the past of a one-frame model
+    nothing.taps = 0;
     product.addends = h.at;
-    product.matrix = layer.v_past;
+    product.matrix = model.vertical.past ? layer.v_past : nothing;
     product.bias = layer.v_bias;
     product.outputs = v.at;
     multiply_taps(state, cells, product, state.v, l, model.vertical.all, first, last);
-    product.matrix = layer.h_past;
+    product.matrix = model.horizontal.past ? layer.h_past : nothing;
     product.bias = layer.h_bias;
     product.outputs = h.at;
     multiply_taps(state, cells, product, state.h, l, model.horizontal.all, first, last);
