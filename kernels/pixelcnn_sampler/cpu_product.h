@@ -141,14 +141,22 @@ void tile(const Product& product, int64_t row, int64_t panel) {
                 if (product.bias) sums[m][p][i] = load<Floats>(product.bias + n);
                 if (product.addends) sums[m][p][i] += load<Floats>(product.addends[row + m] + n);
             }
-    for (int64_t s = 0; s < matrix.taps; ++s) {
+    for (int64_t s = 0, taps; s < matrix.taps; s += taps) {
         const float* const* inputs = product.inputs + s * product.M;
+        taps = 1;
         if (!inputs[0]) continue;
         const float* x[ROWS];
 #pragma GCC unroll 6
         for (int m = 0; m < ROWS; ++m) x[m] = inputs[row + m];
+        // taps that lie side by side are one longer loop
+        for (bool together = true; s + taps < matrix.taps; ++taps) {
+            const float* const* more = inputs + taps * product.M;
+            for (int m = 0; m < ROWS; ++m) together &= more[row + m] == x[m] + taps * width;
+            if (!together) break;
+        }
+        const int64_t rows = taps * width;
         const char* weights = (const char*)matrix.panels + panel * panel_bytes + s * width * Weights::BYTES;
-        for (int64_t k = 0; k < width; ++k, weights += Weights::BYTES) {
+        for (int64_t k = 0; k < rows; ++k, weights += Weights::BYTES) {
 #pragma GCC unroll 6
             for (int p = 0; p < PANELS; ++p) {
                 Floats w[PIECES];

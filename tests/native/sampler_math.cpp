@@ -285,7 +285,9 @@ float fused(float a, float b, float c) { return multiply_add(repeat(a), repeat(b
 void check_product(int64_t M, int64_t type, int64_t taps, int64_t width, int64_t panels, int64_t finish) {
     const int64_t N = panels * PANEL, Kin = taps * width;
     const Weights weights(type, Kin, N);
-    Rows inputs(taps * M, width), addends(M, N), outputs(M, N), gated(M, N / 2), residuals(M, N), bias(1, N);
+    Rows inputs(taps * M, width), lines(M, taps * width), addends(M, N), outputs(M, N), gated(M, N / 2), residuals(M, N), bias(1, N);
+    const bool side_by_side = between(0, 1);
+    for (int64_t i = 0; i < taps * M && side_by_side; ++i) inputs.at[i] = lines.at[i % M] + i / M * width;
     std::vector<bool> live;
     for (int64_t s = 0; s < taps; ++s) {
         live.push_back(between(0, 3) > 0);
