@@ -1,4 +1,6 @@
-// Random models and jobs of the sampler on heap buffers of exactly the promised size, poisoned: codes, log-probabilities and margins must be the same bits for any window, threads, batch, order and draft. Built with sanitizers: see kernels/README.md. Usage: fuzz_sampler [jobs] [seed]
+// Random models and jobs of the sampler on heap buffers of exactly the promised size, poisoned: codes, logprob and margins
+// must be the same bits for any window, threads, batch, order and draft. Built with sanitizers: see
+// kernels/README.md. Usage: fuzz_sampler [jobs] [seed]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -133,10 +135,11 @@ struct Model {
         const int64_t size[] = {4, 2, 1}, at = section(panels * rows * 16 * size[type]);
         for (int64_t i = 0; i < panels * rows * 16; ++i) {
             const bool beyond = i / (16 * rows) * 16 + (type == 1 ? i / 2 % 8 + i % 2 * 8 : i % 16) >= columns;
-            const float value = beyond ? 0 : std::normal_distribution<float>(0, 1)(random_bits) / std::sqrt((float)rows);
+            const float spread = 1 / std::sqrt((float)rows);
+            const float value = beyond ? 0 : std::normal_distribution<float>(0, spread)(random_bits);
             const int8_t small = (int8_t)(value * 30);
-            const char* from = type == 0 ? (const char*)&value : type == 1 ? (const char*)&value + 2 : (const char*)&small;
-            std::memcpy(&bytes[(size_t)(at + i * size[type])], from, (size_t)size[type]);
+            const void* from[] = {&value, (const char*)&value + 2, &small};
+            std::memcpy(&bytes[(size_t)(at + i * size[type])], from[type], (size_t)size[type]);
         }
         offsets.push_back(at);
         offsets.push_back(type == 2 ? floats(1, panels * 16, panels * 16) : -1);
@@ -223,7 +226,8 @@ void one_job(int64_t number) {
              b * inputs.T * inputs.H * inputs.W, "the batch changes bits", number);
     }
     if (model.wavefront)
-        same(plain, inputs.run(number, 0, inputs.B, 0, between(1, 4), true, false), 0, "the order changes bits", number);
+        same(plain, inputs.run(number, 0, inputs.B, 0, between(1, 4), true, false), 0, "the order changes bits",
+             number);
 }
 
 }  // namespace
