@@ -278,7 +278,10 @@ def _summary(clip: SourceClip, report: dict[str, Any], out: Path) -> str:
     )
     if "drift" not in report:
         return line
-    drift = ", ".join(f"{name} {values['nats_per_code']:+.4f}" for name, values in report["drift"].items())
+    drift = ", ".join(
+        f"{name} {values['nats_per_code']:+.4f} (mean size {values['nats_per_code_size']:.4f})"
+        for name, values in report["drift"].items()
+    )
     return f"{line}\n{clip.path}: {report['options']['weights']} weights against float32, nats per code: {drift}"
 
 

@@ -265,8 +265,9 @@ def test_smaller_weights_say_how_far_they_drift(clip, model, tmp_path, capsys, w
     assert set(report["drift"]) == {"top", "bottom"} and report["options"]["weights"] == weights
     for drift in report["drift"].values():
         assert 0 < drift["nats_per_code_size"] < 0.2 and abs(drift["nats_per_code"]) <= drift["nats_per_code_size"]
-    said = f"{report['drift']['top']['nats_per_code']:+.4f}, bottom {report['drift']['bottom']['nats_per_code']:+.4f}"
-    assert f"{weights} weights against float32, nats per code: top {said}" in capsys.readouterr().out
+    said = [f"{name} {drift['nats_per_code']:+.4f} (mean size {drift['nats_per_code_size']:.4f})"
+            for name, drift in report["drift"].items()]
+    assert f"{weights} weights against float32, nats per code: {', '.join(said)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from fastvid.data import _encode
 from fastvid.data import video as module
 from fastvid.data.video import (
+    FrameHash,
     VideoWriter,
     count_frames,
     fit_frames,
@@ -150,6 +151,16 @@ def test_piece_by_piece_gives_the_same_bytes(tmp_path, name):
         assert not (tmp_path / "pieces" / name).exists()  # not before it is whole
     assert os.listdir(tmp_path / "pieces") == [name]
     assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_hash_of_pieces_is_that_of_the_whole():
+    video = noise(9, 16, 18, 3)
+    digest = FrameHash((9, 16, 18, 3))
+    for piece in video.split(4):
+        with pytest.raises(ValueError, match="promised"):
+            digest.hexdigest()
+        digest.add(piece)
+    assert digest.hexdigest() == frame_hash(video) != frame_hash(video[:8])
 
 
 def test_a_writer_that_is_left_early_leaves_nothing(tmp_path):

@@ -130,6 +130,27 @@ def test_folder_round_trip(predictor, frames, tmp_path):
     assert small < 0.6 * large
 
 
+def test_loading_draws_no_random_numbers(predictor, tmp_path):
+    predictor.save(tmp_path / "whole")
+    before = torch.get_rng_state()
+    loaded = fastvid.load(tmp_path / "whole")
+    assert torch.equal(torch.get_rng_state(), before)
+    state = predictor.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    # outside of load, a new model still starts from drawn weights
+    fresh = models.build("top", asdict(models.preset("top", "tiny")))
+    assert all(p.isfinite().all() for p in fresh.parameters()) and fresh.stack.embed.weight.std() > 0.1
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_frame_size_is_known_without_the_weights(predictor, tmp_path, monkeypatch):
+    predictor.save(tmp_path / "whole")
+    monkeypatch.setattr("fastvid.models.predictor.load_folder", None)
+    assert models.frame_size(tmp_path / "whole") == (32, 32)
+    with pytest.raises(UsageError, match="unknown model 'nosuch'"):
+        models.frame_size("nosuch")
+
+
 def test_assemble(predictor, frames, tmp_path):
     for kind in ("vqvae", "top", "bottom"):
         part = getattr(predictor, kind)
