@@ -116,7 +116,7 @@ struct Gpu {
 
 template <int TILE, class Weight>
 __global__ void __launch_bounds__(MAX_THREADS, 1) sample_row(const __grid_constant__ Row row) {
-    extern __shared__ char memory[];
+    extern __shared__ __align__(128) char memory[];
     Gpu<TILE> gpu(row, memory);
     Worker<Gpu<TILE>, Weight> worker(gpu, row);
     for (Step step; step.x < row.W; step.advance(row))

@@ -2,7 +2,7 @@
 //
 // Written once for the device and for a plain loop on the host. A Machine is one CTA: each(f) runs f(thread, lane) for
 // all of its threads, where a lane is what a thread keeps in registers; sync() and agree() are barriers between two
-// each(); agree() also tells whether everybody got what was awaited. peek2 and publish move packets, copy brings weights.
+// each(); agree() also tells whether everybody got what was awaited. peek2 and publish move packets, copy moves weights.
 #pragma once
 
 #include <math.h>

@@ -82,6 +82,14 @@ def test_right_at_sizes_nobody_chose(host, seed):
     cases.judge(args, played(host, args, ctas=1 + seed % 5)[0])
 
 
+@pytest.mark.parametrize("ctas", [2, 20])
+def test_more_samples_than_are_taken_at_once(host, ctas):
+    args = replace(MEASURED, grid=(6, 1, 2, 4)).make()
+    whole, _ = played(host, args, ctas)
+    for b in (0, 3, 4, 5):
+        assert same(played(host, one_of(args, b))[0], session.Sampled(*(out[b : b + 1] for out in whole)))
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_bits_depend_neither_on_the_ctas_nor_on_the_batch(host, weights):
     args = replace(MEASURED, weights=weights).make()
