@@ -49,11 +49,11 @@ def never(*_) -> None:
     """The why_not of a backend that serves everything."""
 
 
-def triton(module: str, function: str, why_not: Callable[..., str | None]) -> Backend:
+def triton(run: Callable[..., Any], why_not: Callable[..., str | None]) -> Backend:
     """The backend of a room's Triton module. why_not: what its kernels cannot do; asked where Triton itself can run."""
     return Backend(
         "triton",
-        lazy(module, function),
+        run,
         lambda *args: _without_triton(args[0]) or why_not(*args),
         unasked=lambda *args: None if args[0].is_cuda else "runs in Triton's interpreter only when it is asked for",
     )

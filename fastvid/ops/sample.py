@@ -1,7 +1,6 @@
 """Counter-based noise, categorical draws, and the sampling of whole grids of codes from a gated PixelCNN."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from fastvid.kernels.pixelcnn_sampler import packed, reference, session
 from fastvid.kernels.pixelcnn_sampler.packed import Packed, Taps
 from fastvid.kernels.pixelcnn_sampler.session import OPEN, Sampled
+from fastvid.ops import _cpu_sampler, _cuda_sampler
 from fastvid.ops._op import Backend, lazy, never, op, triton
 
 ORDERS = ("auto", "raster", "wavefront")
@@ -89,27 +89,16 @@ def _by(make_session: Callable) -> Callable[..., tuple[Tensor, ...]]:
     return functools.partial(session.run, make_session)
 
 
-def _native_backends() -> list[Backend]:
-    found = []
-    if importlib.util.find_spec("fastvid.ops._cuda_sampler"):
-        from fastvid.ops import _cuda_sampler
-
-        found += [Backend("cuda", _by(_cuda_sampler.Session), _cuda_sampler.why_not, _cuda_sampler.unasked)]
-    if importlib.util.find_spec(f"fastvid.kernels.{TRITON}"):
-        run = triton(TRITON, "Session", lazy(TRITON, "why_not"))
-        found += [Backend("triton", _by(run.run), run.why_not, run.unasked)]
-    if importlib.util.find_spec("fastvid.ops._cpu_sampler"):
-        from fastvid.ops import _cpu_sampler
-
-        found += [Backend("cpu", _by(_cpu_sampler.Session), _cpu_sampler.why_not)]
-    return found
-
-
 @op(
     "(Tensor weights, Tensor table, Tensor condition, Tensor samples, int seed=0, int stream=0, int first_step=0,"
     " float temperature=1.0, int window=0, str order='auto', Tensor? given=None, Tensor? draft=None)"
     " -> (Tensor logprob, Tensor margin, Tensor codes, Tensor passes)",
-    backends=[*_native_backends(), Backend("reference", _by(reference.Session), never)],
+    backends=[
+        Backend("cuda", _by(_cuda_sampler.Session), _cuda_sampler.why_not, _cuda_sampler.unasked),
+        triton(_by(lazy(TRITON, "Session")), lazy(TRITON, "why_not")),
+        Backend("cpu", _by(_cpu_sampler.Session), _cpu_sampler.why_not),
+        Backend("reference", _by(reference.Session), never),
+    ],
     fake=_fake,
     result=Sampled,
 )

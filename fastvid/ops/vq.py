@@ -58,7 +58,7 @@ def _backward(ctx, grad_quantized, _indices, grad_distance, _counts, grad_sums, 
     "(Tensor x, Tensor codebook, bool statistics=True, str precision='exact') -> (Tensor quantized,"
     " Tensor indices, Tensor squared_distance, Tensor counts, Tensor sums, Tensor nonfinite)",
     backends=[
-        triton(TRITON, "nearest_codebook", lazy(TRITON, "why_not")),
+        triton(lazy(TRITON, "nearest_codebook"), lazy(TRITON, "why_not")),
         Backend("cpu", _cpu.nearest_codebook, _cpu.why_not),
         Backend("reference", reference.nearest_codebook, never),
     ],
@@ -110,7 +110,7 @@ def _not_triton_ema(codebook: Tensor, *others) -> str | None:
     " float decay=0.99, float eps=1e-5, Tensor(d!)? steps=None,"
     " float dead_below=0.0, Tensor? restart=None, float restart_size=1.0) -> ()",
     backends=[
-        triton(TRITON, "nearest_codebook_ema_", _not_triton_ema),
+        triton(lazy(TRITON, "nearest_codebook_ema_"), _not_triton_ema),
         Backend("cpu", _cpu.nearest_codebook_ema_, _cpu.why_not_update),
         Backend("reference", reference.nearest_codebook_ema_, never),
     ],
