@@ -1,7 +1,5 @@
 """The native sampler: the same bits whatever the window, the order, the batch, the threads and who is given."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from fastvid.kernels.pixelcnn_sampler import cases
@@ -28,7 +26,7 @@ CASES = [
     GridCase("wavefront", (2, 2, 5, 6), wavefront=True, attended=(0, 2), order="raster"),
     GridCase("2d-wavefront", (3, 1, 6, 5), frames=1, kernel=5, wavefront=True, attended=(1,), order="raster"),
     GridCase("no-layers", (2, 2, 3, 4), L=0, condition=0),
-    GridCase("wide", (2, 2, 2, 5), C=1032, heads=3, attended=(0,), L=1, K=33),  # its products are shared by threads
+    GridCase("wide", (2, 2, 2, 5), C=560, heads=4, attended=(0,), L=1, K=33, frames=2),  # products are shared
     GridCase("int8", (2, 2, 3, 5), weights="int8", attended=(1,)),
     GridCase("bfloat16", (2, 2, 3, 5), weights="bfloat16", attended=(1,), C=20, heads=2),
     GridCase("one-column", (2, 2, 4, 1), attended=(0,)),
@@ -230,6 +228,6 @@ def test_refusals():
             session.row(t, y)
     with pytest.raises(RuntimeError, match="refused"):
         session.frame(0)  # of a model that sees too much for it
-    wide = replace(GridCase("heads", (1, 1, 1, 1), L=1, attended=(0,), heads=1), C=1040)
+    wide = GridCase("heads", (1, 1, 1, 1), L=1, attended=(0,), heads=1, frames=1, C=1040)
     with pytest.raises(ValueError, match="backend='reference'"):
         drawn(wide.make())
