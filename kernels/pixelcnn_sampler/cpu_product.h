@@ -170,7 +170,8 @@ void tile(const Product& product, int64_t row, int64_t panel) {
                     for (int i = 0; i < PIECES; ++i) sums[m][p][i] = multiply_add(w[i], value, sums[m][p][i]);
                 }
                 // reads the inputs again for the next panel: kept, they would push accumulators out of the registers
-                if (ROWS > 1 && PANELS > 1 && p + 1 < PANELS && PIECES == 2) __asm__ volatile("" ::: "memory");
+                const bool crowded = Weights::BYTES < PANEL * 4 && ROWS > 1 && PIECES == 2;
+                if (crowded && p + 1 < PANELS) __asm__ volatile("" ::: "memory");
             }
         }
     }
