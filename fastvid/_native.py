@@ -42,6 +42,8 @@ SIGNATURES = {
         "fastvid_sampler_start": (INT, (POINTER,)),
         "fastvid_sampler_row": (INT, (POINTER, SIZE, SIZE)),
         "fastvid_sampler_frame": (INT, (POINTER, SIZE)),
+        # samples, B, W, K, seed, stream, t, y, noise
+        "fastvid_gumbel_row": (INT, (POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

@@ -7,7 +7,7 @@ from fastvid.ops.conv import causal_conv, gate
 from fastvid.ops.sample import draw, gumbel_row, pack_pixelcnn, pixelcnn_sample, pixelcnn_session
 from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
 
-REFERENCE_ONLY = ("causal_conv", "draw", "gate", "gumbel_row")  # ops that have no other backend yet
+REFERENCE_ONLY = ("causal_conv", "draw", "gate")  # ops that have no other backend yet
 
 __all__ = [
     "OPS", "REFERENCE_ONLY", "Nearest", "Op", "Packed", "Progress", "Sampled", "backend", "causal_conv", "draw", "gate",

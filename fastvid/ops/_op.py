@@ -102,7 +102,8 @@ def op(
     schema:   as torch writes it, without the op's name: arguments, and returns with the names that `result` has.
     fake:     stands in for a backend where there are only shapes.
     result:   the NamedTuple that is returned, whose order backends and `fake` keep too; the schema may have another,
-              which backward and setup_context see. None returns nothing, as for ops that write into their arguments.
+              which backward and setup_context see. Tensor returns a bare one, None nothing, as for ops that write into
+              their arguments.
     backward, setup_context: as in torch.library.register_autograd, which backend serves left out; both None where there
               is no gradient.
     """
@@ -147,7 +148,9 @@ class Op:
         # torch would take what an op without a gradient writes for something to differentiate
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             outputs = self.torch_op(*args, **kwargs, backend=backend or "")
-        return None if self.result is None else self.result(**dict(zip(self._returns, outputs, strict=True)))
+        if self.result in (None, Tensor):
+            return outputs
+        return self.result(**dict(zip(self._returns, outputs, strict=True)))
 
     def bind(self, *args, backend: str | None = None, **kwargs) -> Callable[..., Any]:
         """The chosen backend's bare launcher, for inner loops that call it on arguments like these.
@@ -188,9 +191,11 @@ class Op:
         args = self._whole(args)
         return self._in_schema_order(self._recorded(args, backend).run(*args))
 
-    def _in_schema_order(self, outputs: tuple | None) -> tuple | None:
+    def _in_schema_order(self, outputs: tuple | None) -> tuple | Tensor | None:
         if self.result is None:
             return None
+        if self.result is Tensor:
+            return outputs[0]
         named = dict(zip(self.result._fields, outputs, strict=True))
         return tuple(named[name] for name in self._returns)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastvid.kernels.pixelcnn_sampler import packed, reference, session
 from fastvid.kernels.pixelcnn_sampler.packed import Packed, Taps
 from fastvid.kernels.pixelcnn_sampler.session import OPEN, Sampled
-from fastvid.ops import _cpu_sampler, _cuda_sampler
+from fastvid.ops import _cpu_noise, _cpu_sampler, _cuda_sampler
 from fastvid.ops._op import Backend, lazy, never, op, triton
 
 ORDERS = ("auto", "raster", "wavefront")
@@ -18,10 +18,21 @@ TRITON = "pixelcnn_sampler.triton_gpu"
 HALVED_ABOVE = 8 << 20
 
 
+@op(
+    "(int seed, Tensor samples, int stream, int t, int y, int width, int classes) -> Tensor",
+    backends=[
+        Backend("cpu", _cpu_noise.gumbel_row, _cpu_noise.why_not),
+        Backend("reference", lambda *args: (reference.gumbel_row(*args),), never),
+    ],
+    fake=lambda seed, samples, stream, t, y, width, classes: (
+        samples.new_empty(len(samples), width, classes, dtype=torch.float32),
+    ),
+    result=Tensor,
+)
 def gumbel_row(seed: int, samples: Tensor, stream: int, t: int, y: int, width: int, classes: int) -> Tensor:
     """Gumbel noise for one row of codes, a pure function of its arguments.
 
-    seed:    64-bit integer. samples: [B] int64 in [0, 2^32), the identity of each sample, not its place in the batch.
+    seed:    in [-2^63, 2^63). samples: [B] int64 in [0, 2^32), the identity of each sample, not its place in the batch.
     stream:  which grid of codes, in [0, 2^15). t, y: latent step in [0, 2^32) and row in [0, 2^15).
     Returns: [B, W, V] float32, standard Gumbel.
     Raises:  ValueError if a counter does not fit its field.
@@ -31,7 +42,8 @@ def gumbel_row(seed: int, samples: Tensor, stream: int, t: int, y: int, width: i
         raise ValueError(f"gumbel_row: `stream`, `y` must lie in [0, 2^15), `t` in [0, 2^32), got {stream, y, t}.")
     if not (0 < width <= 1 << 15 and 0 < classes <= 1 << 18):
         raise ValueError(f"gumbel_row: at most 2^15 columns and 2^18 classes, got {width} and {classes}.")
-    return reference.gumbel_row(seed, samples, stream, t, y, width, classes)
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"gumbel_row: `seed` must lie in [-2^63, 2^63), got {seed}; take it modulo 2^64.")
 
 
 def draw(logits: Tensor, gumbel: Tensor, temperature: float = 1.0) -> Tensor:

@@ -23,9 +23,20 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def work(self) -> int:
+        """Random numbers that are made."""
+        return self.B * self.W * self.V
+
     def make(self, device: torch.device | str = "cpu") -> Tensor:
         """Identities of B samples, [B] int64, far apart."""
         return torch.arange(self.B, device=device) * 1_000_003 % (1 << 32)
+
+    def arguments(self, device: torch.device | str, dtype: torch.dtype) -> tuple:
+        """Fresh random arguments of gumbel_row."""
+        seed, t = (int(torch.randint(1 << bits, ())) for bits in (62, 32))
+        stream, y = torch.randint(1 << 15, (2,)).tolist()
+        return seed - (1 << 61), self.make(device), stream, t, y, self.W, self.V
 
 
 ALL = [
@@ -192,7 +203,23 @@ def _exact_wide(job: session.Job) -> reference.Session:
     return reference.Session(job, torch.float64)
 
 
+def drawn_row(random: Random) -> Case:
+    """A row of noise that nobody chose."""
+    B, W, V = random.randint(0, 4), random.randint(1, 9), random.randint(1, 700)
+    return Case(f"{B}x{W}x{V}", B, W, V)
+
+
+def judge_row(args: tuple, noise: Tensor) -> None:
+    """Raise AssertionError unless noise is that of the reference, to the last bit."""
+    truth = reference.gumbel_row(*args)
+    assert noise.shape == truth.shape and torch.equal(noise, truth), "the noise differs from the reference's"
+
+
 SUBJECTS = [
+    Subject(
+        "gumbel_row", ALL, Case("no-samples", 0, 3, 5), drawn_row, Case.arguments, judge_row, dtypes=(torch.int64,),
+        call=lambda op, args: op(*args),
+    ),
     Subject(
         "pixelcnn_sample", GRIDS, EMPTY, drawn, GridCase.make, judge, dtypes=(torch.float32,),
         call=lambda op, args: op(*args),
