@@ -39,8 +39,8 @@ class Predict:
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """How the priors' weights are stored while they draw: bfloat16 and int8 are smaller and draw from a slightly
     different model; how different is printed. auto is float32 for small models, bfloat16 for large ones."""
-    device: Literal["cpu", "cuda"] | None = None
-    """By default the GPU, where there is one."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to predict; drawing codes on a GPU has not been verified yet."""
 
     def run(self) -> None:
         """Predict and write. Raises FastvidError."""
@@ -125,7 +125,7 @@ class TrainVQVAE:
     out: Path
     """The run folder: log.csv, samples/, checkpoint/, model/."""
     preset: str = "dino64"
-    """Sizes of the model: paper, dino64, push64, tiny."""
+    """Sizes of the model: paper, dino64, push64, tiny; for priors also dino64-wavefront."""
     resume: bool = False
     """Go on from the run's checkpoint."""
     size: int | None = None

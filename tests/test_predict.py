@@ -86,7 +86,7 @@ def test_the_report_says_what_was_done(clip, model, tmp_path):
     (report,) = predict_clips([clip], model, frames=5, samples=2, seed=7, temperature=0.5, out=out, start=3)
     assert json.loads((out / "clip.json").read_text()) == report
     options = {"frames": 5, "samples": 2, "seed": 7, "temperature": 0.5, "start": 3, "weights": "auto"}
-    assert report["options"] == options and report["device"] in ("cpu", "cuda")
+    assert report["options"] == options and report["device"] == "cpu"
     assert report["model"] == {"name": str(model), "sha256": manifest_hash(model)}
     assert report["given_frames"] == [3, 6] and report["true_frames_known"] == 5
     assert set(report["seconds"]) == {"pack", "encode", "top", "bottom", "decode"}
