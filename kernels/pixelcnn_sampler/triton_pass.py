@@ -10,6 +10,7 @@ import triton.language as tl
 from fastvid.kernels.pixelcnn_sampler.packed import LAYER, WEIGHTS
 
 FLOAT32, BFLOAT16, INT8 = (tl.constexpr(list(WEIGHTS).index(name)) for name in ("float32", "bfloat16", "int8"))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LAYER_WORDS = tl.constexpr(len(LAYER))
 V_PAST, V_NOW, H_PAST = (tl.constexpr(LAYER.index(name)) for name in ("v_past", "v_now", "h_past"))
 COND, LINK = tl.constexpr(LAYER.index("cond")), tl.constexpr(LAYER.index("link"))  # the scales are at the next word
@@ -59,6 +60,26 @@ def _halves(w_ptr, o_row, o_i, m, KIND: tl.constexpr):
 
 
 @triton.jit
+def _halved(b):
+    """float32 to the nearest bfloat16; by hand in Triton's interpreter, which would cut."""
+    if INTERPRETED:
+        b_bits = b.to(tl.int32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        return b_bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b.to(tl.bfloat16)
+
+
+@triton.jit
+def _halved_dot(b_x, b_w, acc):
+    """A product of bfloat16 numbers; b_w holds such in float32."""
+    if INTERPRETED:  # where a product would take the bits for whole numbers
+        return tl.dot(b_x.to(tl.float32), b_w, acc, input_precision="ieee")
+    else:
+        return tl.dot(b_x, b_w.to(tl.bfloat16), acc, input_precision="ieee")
+
+
+@triton.jit
 def _product(
     acc_low, acc_high, x_ptr, o_x, m_x, w_ptr, o_w, o_i, m_n, K, KIND: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -73,13 +94,12 @@ def _product(
             acc_high = tl.dot(b_x, b_high, acc_high, input_precision="ieee")
         else:
             # the weights are bfloat16 or small integers, exactly; the activations become a sum of two bfloat16
-            b_top = b_x.to(tl.bfloat16)
-            b_rest = (b_x - b_top.to(tl.float32)).to(tl.bfloat16)
-            b_low, b_high = b_low.to(tl.bfloat16), b_high.to(tl.bfloat16)
-            acc_low = tl.dot(b_top, b_low, acc_low, input_precision="ieee")
-            acc_high = tl.dot(b_top, b_high, acc_high, input_precision="ieee")
-            acc_low = tl.dot(b_rest, b_low, acc_low, input_precision="ieee")
-            acc_high = tl.dot(b_rest, b_high, acc_high, input_precision="ieee")
+            b_top = _halved(b_x)
+            b_rest = _halved(b_x - b_top.to(tl.float32))
+            for part in tl.static_range(2):
+                b_one = b_rest if part else b_top
+                acc_low = _halved_dot(b_one, b_low, acc_low)
+                acc_high = _halved_dot(b_one, b_high, acc_high)
     return acc_low, acc_high
 
 

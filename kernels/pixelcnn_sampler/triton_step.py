@@ -7,7 +7,7 @@ models). `rows` [L + 1, B W, S] is the row of the horizontal stream that is bein
 
 import triton
 import triton.language as tl
-from fastvid.kernels.pixelcnn_sampler.triton_pass import INT8, _gate, _halves
+from fastvid.kernels.pixelcnn_sampler.triton_pass import INT8, _gate, _halved, _halves
 
 
 @triton.jit
@@ -113,7 +113,8 @@ def _query_stage(
         # heads are padded to eight columns, so that no half of a panel belongs to two
         o_d = o_n % D
         o_cache = ((((o_n // D - 1) * B + i_b) * A + o_d // E) * N + n) * E + o_d % E
-        tl.store(cache_ptr + o_cache, b_add.to(cache_ptr.dtype.element_ty), mask=(o_n >= D) & m_n)
+        b_kept = _halved(b_add) if cache_ptr.dtype.element_ty == tl.bfloat16 else b_add
+        tl.store(cache_ptr + o_cache, b_kept, mask=(o_n >= D) & m_n)
 
 
 @triton.jit
