@@ -130,7 +130,10 @@ def large_stack(config: GatedStackConfig, device: str = "cpu") -> GatedPixelStac
     stack, generator = _empty_stack(config, device), torch.Generator(device).manual_seed(0)
     for name, p in stack.named_parameters():
         inputs = p.shape[:-1].numel() if p.ndim == 3 else p.shape[-1]
-        bound = (3.0 / inputs) ** 0.5 if p.ndim > 1 else 0.0  # variance 1 / inputs
+        # variance 1 / inputs for convolutions and head; a third of it for the layers' 1x1s and attention, as torch has
+        # it: with more, 40 layers are chaotic, and the last bit of a weight decides every logit
+        variance = 1 / 3 if p.ndim == 2 and name.startswith("layers.") else 1.0 if p.ndim > 1 else 0.0
+        bound = (3.0 * variance / inputs) ** 0.5
         bound *= LOGIT_SPREAD if name == "head.3.weight" else inputs**0.5 if name == "embed.weight" else 1.0
         p.uniform_(-bound, bound, generator=generator)
     return stack
