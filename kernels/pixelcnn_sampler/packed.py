@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Tap = tuple[int, int, int]  # (dt, dy, dx): the neighbour's offset
@@ -102,7 +103,7 @@ def pack(state: dict[str, Tensor], taps: Taps, heads: int, wavefront: bool, weig
     heads:     of its attention. wavefront: whether attention is axial and no vertical tap of a layer leaves its column.
     weights:   "float32", "bfloat16" (rounded to nearest) or "int8" (a scale per output); biases and the input layer's
                look-up tables stay float32.
-    Returns:   Packed. Products are formed in float64 where tensors are combined, then rounded once.
+    Returns:   Packed. The look-up tables are formed in float64, then rounded once.
     Raises:    ValueError for another kind of weights.
     """
     if weights not in WEIGHTS:
@@ -159,51 +160,52 @@ class _Writer:
 
     def _globals(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        embed = self._wide("embed.weight")
+        embed = self._tensor("embed.weight").double()
         for letter, name in (("v", "input_vertical"), ("h", "input_horizontal")):
-            found[f"table_{letter}"] = self._floats(_padded(embed @ self._wide(f"{name}.weight"), self.stride))
-            found[f"bias_{letter}"] = self._floats(_padded(self._wide(f"{name}.bias"), self.stride))
+            table = embed @ self._tensor(f"{name}.weight").double()  # [taps, K, C]
+            found[f"table_{letter}"] = self._floats(_padded(table, self.stride))
+            found[f"bias_{letter}"] = self._floats(_padded(self._tensor(f"{name}.bias"), self.stride))
         for name, place in (("head1", "head.1"), ("head2", "head.3")):
-            rows = self._rows(self._wide(f"{place}.weight").t())
+            rows = self._rows(self._tensor(f"{place}.weight").t())
             self._matrix(found, name, rows if name == "head2" else _padded(rows, self.width))
-            found[f"{name}_bias"] = self._bias(self._wide(f"{place}.bias"))
+            found[f"{name}_bias"] = self._bias(self._tensor(f"{place}.bias"))
         return found
 
     def _layer(self, i: int) -> dict[str, int]:
         found: dict[str, int] = {}
 
-        def wide(name: str) -> Tensor:
-            return self._wide(f"layers.{i}.{name}")
+        def own(name: str) -> Tensor:
+            return self._tensor(f"layers.{i}.{name}")
 
         for letter, name in (("v", "vertical"), ("h", "horizontal")):
-            weight, group = wide(f"{name}.weight"), getattr(self.taps, name)
+            weight, group = own(f"{name}.weight"), getattr(self.taps, name)
             for when, keep in (("past", _past), ("now", _now)):
                 chosen = [at for at, tap in enumerate(group) if keep(tap)]
                 if chosen:
                     self._matrix(found, f"{letter}_{when}", self._paired(self._rows(weight[chosen]).flatten(0, 1)))
-            found[f"{letter}_bias"] = self._floats(self._paired(wide(f"{name}.bias")))
-        self._matrix(found, "cond", self._paired(wide("condition.weight").t()))
-        self._matrix(found, "link", self._paired(self._paired(wide("link.weight").t()).t()).t())
-        self._matrix(found, "out", _padded(self._rows(wide("out.weight").t()), self.width))
-        found["out_bias"] = self._bias(wide("out.bias"))
+            found[f"{letter}_bias"] = self._floats(self._paired(own(f"{name}.bias")))
+        self._matrix(found, "cond", self._paired(own("condition.weight").t()))
+        self._matrix(found, "link", self._paired(self._paired(own("link.weight").t()).t()).t())
+        self._matrix(found, "out", _padded(self._rows(own("out.weight").t()), self.width))
+        found["out_bias"] = self._bias(own("out.bias"))
         if f"layers.{i}.attention.qkv.weight" in self.state:
-            self._attention(found, wide)
+            self._attention(found, own)
         return found
 
-    def _attention(self, found: dict[str, int], wide: Callable[[str], Tensor]) -> None:
-        self._matrix(found, "qkv", self._rows(self._by_head(wide("attention.qkv.weight").t(), 3)))
-        found["qkv_bias"] = self._bias(self._by_head(wide("attention.qkv.bias"), 3))
-        found["qkv_position"] = self._floats(self._by_head(wide("attention.qkv_position.weight").t(), 3))
-        rows = self._by_head(wide("attention.out.weight"), 1).t()  # [D, C]
+    def _attention(self, found: dict[str, int], own: Callable[[str], Tensor]) -> None:
+        self._matrix(found, "qkv", self._rows(self._by_head(own("attention.qkv.weight").t(), 3)))
+        found["qkv_bias"] = self._bias(self._by_head(own("attention.qkv.bias"), 3))
+        found["qkv_position"] = self._floats(self._by_head(own("attention.qkv_position.weight").t(), 3))
+        rows = self._by_head(own("attention.out.weight"), 1).t()  # [D, C]
         self._matrix(found, "att_out", _padded(rows, self.width))
-        found["att_bias"] = self._bias(wide("attention.out.bias"))
+        found["att_bias"] = self._bias(own("attention.out.bias"))
 
-    def _wide(self, name: str) -> Tensor:
-        return self.state[name].detach().double()
+    def _tensor(self, name: str) -> Tensor:
+        return self.state[name].detach().float()
 
     def _rows(self, matrix: Tensor) -> Tensor:
         """[..., C of the model, N] -> [..., width, N], zeros below."""
-        return torch.nn.functional.pad(matrix, (0, 0, 0, self.width - self.channels))
+        return matrix if self.width == self.channels else F.pad(matrix, (0, 0, 0, self.width - self.channels))
 
     def _paired(self, matrix: Tensor) -> Tensor:
         """The last axis 2C -> 2 width: eight tanh channels, their eight sigmoid channels, and so on."""
@@ -235,10 +237,11 @@ class _Writer:
         return self._append(values.float())
 
     def _append(self, values: Tensor) -> int:
-        raw, at = values.contiguous().flatten().view(torch.uint8), self.bytes
-        padding = raw.new_zeros(-raw.numel() % ALIGNMENT)
-        self.parts += [raw, padding]
-        self.bytes += raw.numel() + padding.numel()
+        raw, at = values.reshape(-1).view(torch.uint8), self.bytes
+        self.parts.append(raw)
+        if missing := -raw.numel() % ALIGNMENT:
+            self.parts.append(raw.new_zeros(missing))
+        self.bytes += raw.numel() + missing
         return at
 
 
@@ -316,5 +319,5 @@ def _up(count: int, multiple: int) -> int:
 
 def _padded(values: Tensor, length: int, multiple: bool = False) -> Tensor:
     """Zeros behind the last axis, to `length` or to the next multiple of it."""
-    wanted = _up(values.shape[-1], length) if multiple else length
-    return torch.nn.functional.pad(values, (0, wanted - values.shape[-1]))
+    missing = (_up(values.shape[-1], length) if multiple else length) - values.shape[-1]
+    return F.pad(values, (0, missing)) if missing else values
