@@ -7,7 +7,6 @@ None of this has run on a GPU yet; the kernels have run in Triton's interpreter 
 """
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,12 @@ from fastvid.kernels.pixelcnn_sampler import triton_line as line
 from fastvid.kernels.pixelcnn_sampler import triton_pass as row
 from fastvid.kernels.pixelcnn_sampler.packed import ABSENT, Packed, Table
 from fastvid.kernels.pixelcnn_sampler.session import Job
+from fastvid.kernels.pixelcnn_sampler.triton_sizes import Sizes
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 STORAGE = (torch.float32, torch.int32, torch.int8)  # how the kernels read float32, pairs of bfloat16, int8
 MAX_CODES, MAX_WIDTH = 16384, 4096
-# A multiprocessor reads a narrow model's weights from the second-level cache in less time than launches take: up to so
-# many bytes per code one program draws a row. A guess until a GPU has been asked.
-SINGLE_BYTES = 2 << 20
-LEAST_CHUNK = 128  # positions of the cache that a program looks at
 PROGRAMS = 264  # two for each multiprocessor of a large chip: more samples than that share a program
 
 
@@ -45,77 +41,6 @@ def _adjacent(table: Table) -> bool:
     now = [[tap for tap in group if tap[0] == 0] for group in (table.taps.horizontal, table.taps.input_horizontal)]
     r = table.horizontal_now - 1
     return now == [[(0, 0, dx) for dx in range(-r, 1)], [(0, 0, dx) for dx in range(-r, 0)]]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the kernels of a model on a grid are compiled for; all but `keys` and the chunks follows from the table."""
-
-    C: int
-    S: int
-    codes: int
-    condition: int
-    frames: int
-    taps: int
-    kind: int
-    A: int
-    E: int
-    axial: bool
-    positions: int  # that a code can look at
-    single: bool
-
-    @classmethod
-    def of(cls, table: Table, T: int, H: int, W: int, single: bool | None) -> "Sizes":
-        positions = T + H + W - 2 if table.wavefront else T * H * W
-        if single is None:
-            single = bytes_of_a_code(table) <= SINGLE_BYTES
-        return cls(
-            table.width, table.stride, table.codes, table.condition_channels, table.frames_seen, table.horizontal_now,
-            table.weight_type, table.heads, table.head_stride, bool(table.wavefront), positions, single,
-        )  # fmt: skip
-
-    @property
-    def D(self) -> int:
-        return self.A * self.E
-
-    @property
-    def logits(self) -> int:
-        """Codes rounded up to whole panels."""
-        return triton.cdiv(self.codes, 16) * 16
-
-    def channels(self) -> dict[str, int]:
-        return {"C": self.C, "S": self.S}
-
-    def tile(self) -> dict[str, int]:
-        """Of a product for the cells of a row: two panels, so that many programs share what a small row needs."""
-        return {"KIND": self.kind, "BLOCK_M": 32, "PANELS": 2, "BLOCK_K": 64 if self.kind else 32}
-
-    def panels(self, K: int) -> dict[str, int]:
-        """Of a product for one cell: as much of a panel at once as registers hold, or several panels' beginning."""
-        widest = 64 if self.single else 512
-        return {"KIND": self.kind, "PANELS": 8 if self.single else 1, "BLOCK_K": min(triton.next_power_of_2(K), widest)}
-
-    def attention(self) -> dict[str, int]:
-        """Of a look at the cache: chunks of positions for programs to share, as many as can be put together; or one."""
-        block_a, block_e = (max(1, triton.next_power_of_2(n)) for n in (self.A, self.E))
-        keys = max(16, min(4096 // block_e if self.single else 64, triton.next_power_of_2(self.positions)))
-        most = 1 if self.single else max(1, min(32, 16384 // (block_a * block_e)))
-        chunk = max(1 if self.single else LEAST_CHUNK, triton.cdiv(triton.cdiv(self.positions, most), keys) * keys)
-        chunks = triton.next_power_of_2(triton.cdiv(self.positions, chunk))
-        return {"BLOCK_A": block_a, "BLOCK_E": block_e, "CHUNKS": chunks, "CHUNK": chunk, "KEYS": keys,
-                "AXIAL": self.axial}  # fmt: skip
-
-    def draw(self, given: bool) -> dict[str, int]:
-        return {"CODES": self.codes, "LOGITS": self.logits, "S": self.S, "TAPS": self.taps, "GIVEN": given,
-                "BLOCK_N": triton.next_power_of_2(self.logits), "BLOCK_S": triton.next_power_of_2(self.S)}  # fmt: skip
-
-
-def bytes_of_a_code(table: Table) -> int:
-    """Bytes of the weights that every code needs."""
-    C, D = table.width, table.attention_width
-    attended = sum(table.layer(i)["qkv"] != ABSENT for i in range(table.layers))
-    numbers = table.layers * (2 * table.horizontal_now + 1) * C * C + attended * 4 * C * D + C * (C + table.codes)
-    return numbers * (4, 2, 1)[table.weight_type]
 
 
 class Model:

@@ -9,7 +9,7 @@ from fastvid.nn import GatedPixelStack, GatedStackConfig
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastvid.kernels.pixelcnn_sampler import triton_gpu, triton_pass  # noqa: E402
+from fastvid.kernels.pixelcnn_sampler import triton_gpu, triton_pass, triton_sizes  # noqa: E402
 
 # name -> model, grid [B, T, H, W], weights
 CASES = {
@@ -41,7 +41,7 @@ def make(name: str, device, seed: int = 5, given=None, temperature: float = 1.0,
     generator = torch.Generator().manual_seed(1)
     stack = GatedPixelStack(config)
     with torch.no_grad():
-        for key, parameter in stack.named_parameters():
+        for parameter in stack.parameters():
             inputs = parameter.shape[:-1] if parameter.ndim == 3 else parameter.shape[1:]  # of a convolution; linear
             spread = 0.1 if parameter.ndim == 1 else inputs.numel() ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
@@ -124,7 +124,7 @@ def test_a_row_is_drawn_again_from_the_seed_of_now(device):
 
 
 def test_chunks_of_the_cache_are_put_together(device, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(triton_sizes, "LEAST_CHUNK", 1)
     session = triton_gpu.Session(make("frames", device), False)
     assert session.sizes.attention()["CHUNKS"] == 2  # 18 positions, 16 at a time
     assert torch.equal(drawn(session).codes, by_reference("frames", device).codes)
