@@ -34,7 +34,9 @@ SLICES = 6  # of the bottom prior in a clip of 12 frames
 NAIVE_CODES = 4  # a naive run on a GPU draws this many of each prior's
 LOGIT_SPREAD = 3.0  # the head is scaled by it: fresh weights alone would leave all codes about equally likely
 # how far logits may be from those of the float32 network, by the weights that they were computed with
-LOGIT_ERROR = {"float32": 1e-4, "bfloat16": 0.25, "int8": 1.0}
+LOGIT_ERROR = {"float32": 1e-4, "bfloat16": 0.25, "int8": 0.5}
+HALF_PEERS = 0.5  # the same for peers that compute in bfloat16 throughout
+MEAN_ERROR = 0.2  # of the above, for the average over all codes
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -258,7 +260,7 @@ def _gate(row: Row, tiers: dict[str, Tier]) -> str:
     peers = row.fill(list(tiers.values()))
     logits = peers if row.peer_dtype == torch.float32 else row.stack(row.codes, row.condition)
     (t, y), (_, H, _) = row.at, row.grid
-    limit = LOGIT_ERROR[str(row.peer_dtype).removeprefix("torch.")]
+    limit = LOGIT_ERROR["float32"] if row.peer_dtype == torch.float32 else HALF_PEERS
     stepped = torch.stack(row.cached_row(0, row.codes[:, t, y])[1], dim=1).float()  # [B, W, K]
     error = (stepped - logits[:, t, y]).abs().max().item()
     if not error <= limit:
@@ -268,10 +270,11 @@ def _gate(row: Row, tiers: dict[str, Tier]) -> str:
     before = t * H + y
     for name, tier in tiers.items():
         apart = (row.jobs[tier][1].logprob - wanted).flatten(1, 2)[:, :before]  # [B, rows, W]
-        worst = apart.abs().max().item() if before else 0.0
-        if not worst <= 2 * LOGIT_ERROR[tier.weights]:
-            raise GateError(f"{name} ({tier.weights}): log-probabilities are off by up to {worst:.1e} nats")
-        told.append(f"{name} ({tier.weights}) off by {apart.abs().mean():.1e} nats a code, {apart.mean():+.1e} in all")
+        worst, mean, limit = apart.abs().max().item(), apart.abs().mean().item(), LOGIT_ERROR[tier.weights]
+        if not (worst <= 2 * limit and mean <= MEAN_ERROR * limit):
+            how = f"log-probabilities are off by {mean:.1e} nats a code, by {worst:.1e} at worst"
+            raise GateError(f"{name} ({tier.weights}): {how}")
+        told.append(f"{name} ({tier.weights}) off by {mean:.1e} nats a code, {apart.mean():+.1e} in all")
     for name in {(one.backend, one.weights): name for name, one in reversed(tiers.items())}.values():
         _judge_draws(row, name, tiers[name], 1)  # a round that the sessions were not opened with
     _same_codes(row, tiers)
