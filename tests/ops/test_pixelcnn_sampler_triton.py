@@ -90,8 +90,13 @@ def test_cache_in_bfloat16(device):
 def test_a_sample_does_not_depend_on_its_neighbours(single, device):
     both = drawn(triton_gpu.Session(make("still", device), single))
     alone = drawn(triton_gpu.Session(make("still", device, rows=slice(1, 2)), single))
-    for name in ("codes", "logprob", "margin"):
-        assert torch.equal(getattr(both, name)[1:], getattr(alone, name))
+    assert torch.equal(both.codes[1:], alone.codes)
+    for name in ("logprob", "margin"):
+        one, other = getattr(both, name)[1:], getattr(alone, name)
+        if device.type == "cuda":
+            assert torch.equal(one, other)
+        else:  # the interpreter multiplies by a BLAS, whose rounding depends on a row's place in the tile
+            assert (one - other).abs().max() < 2e-6
 
 
 @SINGLE
