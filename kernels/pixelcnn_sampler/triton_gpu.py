@@ -7,6 +7,7 @@ None of this has run on a GPU yet; the kernels have run in Triton's interpreter 
 """
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Session:
     def _before(self) -> None:
         (B, T, H, W), s, m, L = self.job.grid, self.sizes, self.model, len(self.layers)
         grid = triton.cdiv(s.C // 8, s.tile()["PANELS"]), triton.cdiv(B * W, s.tile()["BLOCK_M"])
-        tile = s.tile() | {"num_warps": 4, "num_stages": 3}
+        tile = s.tile() | {"num_warps": 4, "num_stages": s.stages}
         first, (vertical, horizontal) = m.table.first_layer, self._taps()[2:]
         row._noise_kernel[B * W, triton.cdiv(s.codes, 512)](
             self.place, self.samples, self.noise, W, self.job.stream, CODES=s.codes, QUADS=128, num_warps=4
@@ -284,6 +285,7 @@ _TYPES = {
     "temperature": "fp32", "scale": "fp32",
 }  # fmt: skip
 _WORDS = ("*fp32:16", "*i32:16", "*i8:16")  # of weights
+_NVIDIA, _AMD = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), ("gfx942",)
 # name -> a model on a grid: narrow ones in float32 and in bfloat16, the paper's priors, 8 bits
 SHIPPED = {
     "narrow_fp32": Sizes(48, 48, 512, 64, 3, 2, 0, 4, 16, False, 192, True),
@@ -293,6 +295,7 @@ SHIPPED = {
     "bottom_bf16": Sizes(512, 512, 512, 1024, 1, 3, 1, 8, 64, False, 4096, False),
     "top_int8": Sizes(512, 512, 512, 512, 3, 2, 2, 8, 64, False, 3072, False),
 }
+ROWS = "wide_fp32", "top_bf16", "bottom_bf16", "top_int8"  # narrow ones have the tile of wide ones
 
 
 def _variant(kernel, name: str, s: Sizes, constants: dict[str, Any], warps: int, stages: int = 1) -> Variant:
@@ -308,34 +311,47 @@ def _variant(kernel, name: str, s: Sizes, constants: dict[str, Any], warps: int,
 
 
 def variants() -> list[Variant]:
-    """Every kernel as the shipped and the published models launch it."""
-    made, blocks = [], {"QUADS": 128, "BLOCK_S": 512}
+    """Every kernel as the shipped and the published models launch it, each once."""
+    made = []
     for name, s in SHIPPED.items():
-        sizes = s.channels() | {"FRAMES": s.frames, "CONDITION": s.condition, "TAPS": s.taps, "A": s.A, "E": s.E}
-        for kernel in (row._past_kernel, row._row_kernel, row._link_kernel):
-            made.append(_variant(kernel, name, s, sizes | s.tile(), 4, 3))
+        if name in ROWS:
+            made += _of_rows(name, s)
         if s.single:
-            constants = sizes | s.attention() | s.panels(s.C) | s.draw(True)
-            made.append(_variant(line._line_kernel, name, s, constants, 8))
-            continue
-        tile, look = sizes | s.panels(s.C), s.attention()
-        plain = {"out": (s.C, False, True), "head": (s.codes, True, False)}
-        made += [_variant(line._gate_kernel, name, s, tile, _warps(tile))]
-        made += [
-            _variant(line._plain_kernel, f"{kind}_{name}", s, tile | {"K": s.C, "N": N, "ELU": elu, "ADD": add},
-                     _warps(tile)) for kind, (N, elu, add) in plain.items()
-        ]  # fmt: skip
-        made += [
-            _variant(line._query_kernel, name, s, tile, _warps(tile)),
-            _variant(line._look_kernel, name, s, sizes | look, 4),
-            _variant(line._attended_kernel, name, s, tile | look, 8),
-        ]
+            constants = s.channels() | {"A": s.A, "E": s.E} | s.attention() | s.panels(s.C) | s.draw(True)
+            made.append(_variant(line._line_kernel, name, s, constants, 8)._replace(targets=_NVIDIA))
+            made += [v._replace(targets=_AMD) for v in _of_positions(name, replace(s, single=False))]
+        else:
+            made += _of_positions(name, s)
     s = SHIPPED["top_bf16"]
-    constants = s.draw(True) | {"FRAMES": s.frames} | blocks
-    return made + [
+    constants = s.draw(True) | {"FRAMES": s.frames, "QUADS": 128}
+    made += [
         _variant(kernel, "512", s, constants, warps)
         for kernel, warps in (
             (row._place_kernel, 1), (row._start_kernel, 2), (row._noise_kernel, 4), (row._keep_kernel, 4),
             (line._draw_kernel, 4),
         )
+    ]  # fmt: skip
+    once = {str((v.kernel, v.signature, v.constants, v.num_warps, v.targets)): v for v in reversed(made)}
+    return list(reversed(once.values()))
+
+
+def _of_rows(name: str, s: Sizes) -> list[Variant]:
+    constants = s.channels() | {"FRAMES": s.frames, "CONDITION": s.condition} | s.tile()
+    kernels = row._past_kernel, row._row_kernel, row._link_kernel
+    return [_variant(kernel, name, s, constants, 4, s.stages) for kernel in kernels]
+
+
+def _of_positions(name: str, s: Sizes) -> list[Variant]:
+    sizes = s.channels() | {"TAPS": s.taps, "A": s.A, "E": s.E}
+    tile, look = sizes | s.panels(s.C), s.attention()
+    plain = {"out": (s.C, False, True), "head": (s.codes, True, False)}
+    return [
+        _variant(line._gate_kernel, name, s, tile, _warps(tile)),
+        *(
+            _variant(line._plain_kernel, f"{kind}_{name}", s, tile | {"K": s.C, "N": N, "ELU": elu, "ADD": add},
+                     _warps(tile)) for kind, (N, elu, add) in plain.items()
+        ),
+        _variant(line._query_kernel, name, s, tile, _warps(tile)),
+        _variant(line._look_kernel, name, s, sizes | look, 4),
+        _variant(line._attended_kernel, name, s, tile | look, 8),
     ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from fastvid.kernels.pixelcnn_sampler.packed import ABSENT, Table
 
 # A multiprocessor reads a narrow model's weights from the second-level cache in less time than launches take: up to so
 # many bytes per code one program draws a row. A guess until a GPU has been asked.
 SINGLE_BYTES = 2 << 20
+SINGLE_SHIPS = torch.version.hip is None  # AMD's compiler spills the program that holds every stage
 LEAST_CHUNK = 128  # positions of the cache that a program looks at
+LEAST_KEYS, MOST_KEYS = 16, 64  # of them at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Sizes:
     def of(cls, table: Table, T: int, H: int, W: int, single: bool | None) -> "Sizes":
         positions = T + H + W - 2 if table.wavefront else T * H * W
         if single is None:
-            single = bytes_of_a_code(table) <= SINGLE_BYTES
+            single = SINGLE_SHIPS and bytes_of_a_code(table) <= SINGLE_BYTES
         return cls(
             table.width, table.stride, table.codes, table.condition_channels, table.frames_seen, table.horizontal_now,
             table.weight_type, table.heads, table.head_stride, bool(table.wavefront), positions, single,
@@ -54,15 +57,21 @@ class Sizes:
         """Of a product for the cells of a row: two panels, so that many programs share what a small row needs."""
         return {"KIND": self.kind, "BLOCK_M": 32, "PANELS": 2, "BLOCK_K": 64 if self.kind else 32}
 
+    @property
+    def stages(self) -> int:
+        """Of the pipeline over such tiles: with three deep ones in flight ptxas spills on sm_86 and sm_100."""
+        return 2 if self.kind else 3
+
     def panels(self, K: int) -> dict[str, int]:
         """Of a product for one cell: as much of a panel at once as registers hold, or several panels' beginning."""
-        widest = 64 if self.single else 512
-        return {"KIND": self.kind, "PANELS": 8 if self.single else 1, "BLOCK_K": min(triton.next_power_of_2(K), widest)}
+        panels, widest = (4 if self.kind else 8, 64) if self.single else (1, 512)
+        return {"KIND": self.kind, "PANELS": panels, "BLOCK_K": min(triton.next_power_of_2(K), widest)}
 
     def attention(self) -> dict[str, int]:
         """Of a look at the cache: chunks of positions for programs to share, as many as can be put together; or one."""
         block_a, block_e = (max(1, triton.next_power_of_2(n)) for n in (self.A, self.E))
-        keys = max(16, min(4096 // block_e if self.single else 64, triton.next_power_of_2(self.positions)))
+        most = 4096 // block_e if self.single else MOST_KEYS
+        keys = max(LEAST_KEYS, min(most, triton.next_power_of_2(self.positions)))
         most = 1 if self.single else max(1, min(32, 16384 // (block_a * block_e)))
         chunk = max(1 if self.single else LEAST_CHUNK, triton.cdiv(triton.cdiv(self.positions, most), keys) * keys)
         chunks = triton.next_power_of_2(triton.cdiv(self.positions, chunk))
