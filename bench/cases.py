@@ -106,7 +106,7 @@ PAPER_SLICE = Case(
     open=lambda: _paper("slice_race"), quick=lambda: _paper("slice_race", ("bfloat16",)),
 )  # fmt: skip
 FIXED_POINT = Case(
-    "fixed_point_steps", "dino64, examples/dino.mp4, 4 futures of 1,728 codes, windows up to a row's 16", "window 16",
+    "fixed_point_steps", "dino64, examples/dino.mp4, 4 futures of 1,728 codes, windows up to a row's 16", "window 8",
     {"sequential": 2.5}, open=lambda: _windows("fixed_point_race"), missing=lambda: _windows("fixed_point_missing"),
     ratio_of="passes",
 )  # fmt: skip

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastvid import _native
+from fastvid.kernels.pixelcnn_sampler.packed import Table
 from fastvid.kernels.pixelcnn_sampler.session import Job
 
+MOST_TAPS, MOST_LAYERS, MOST_HEAD_WIDTH = 128, 4096, 1024  # of kernels/pixelcnn_sampler/cpu_model.h
 _REASONS = {1: "found no memory", 2: "refused its arguments"}  # enum Outcome of kernels/nearest_codebook/cpu.h
 
 
@@ -28,6 +30,10 @@ def why_not(weights: Tensor, table: Tensor, condition: Tensor, *_) -> str | None
     """Why the native sampler cannot serve these arguments of pixelcnn_sample, in a few words; None when it can."""
     if condition.device.type != "cpu":
         return f"takes tensors on the CPU, got {condition.device}"
+    known = Table(table)
+    taps = max(known.vertical_past, known.vertical_now, known.horizontal_past, known.horizontal_now)
+    if taps > MOST_TAPS or known.layers > MOST_LAYERS or known.head_stride > MOST_HEAD_WIDTH:
+        return f"holds {MOST_TAPS} taps a convolution, {MOST_LAYERS} layers and heads of {MOST_HEAD_WIDTH} at most"
     return _native.why_not("cpu")
 
 

@@ -228,6 +228,8 @@ def test_refusals():
             session.row(t, y)
     with pytest.raises(RuntimeError, match="refused"):
         session.frame(0)  # of a model that sees too much for it
-    wide = GridCase("heads", (1, 1, 1, 1), L=1, attended=(0,), heads=1, frames=1, C=1040)
+    wide = GridCase("heads", (1, 1, 1, 1), L=1, attended=(0,), heads=1, frames=1, C=1040).make()
+    assert "heads of 1024 at most" in _cpu_sampler.why_not(*wide)
+    assert ops.pixelcnn_sample.reasons(*wide)["reference"] == "serves"
     with pytest.raises(ValueError, match="backend='reference'"):
-        drawn(wide.make())
+        _cpu_sampler.Session(_job(wide))

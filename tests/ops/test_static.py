@@ -57,16 +57,20 @@ NO_SOURCES = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no CUD
 def compile_cuda(source: Path, arch: str, folder: Path) -> subprocess.CompletedProcess:
     # -arch=sm_90a would compile for the plain compute_90 as well, which lacks what the "a" stands for
     only = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [NVCC, "-std=c++17", only, f"-I{ROOT / 'kernels' / 'common'}", "-cubin", str(source)]
-    return subprocess.run([*command, "-o", str(folder / "out.cubin")], capture_output=True, text=True)
+    options = ["-std=c++17", "-O3", "-fmad=false", "-DFASTVID_ABI_VERSION=0", "-Xptxas=-v", "-cubin"]
+    command = [NVCC, *options, only, f"-I{ROOT / 'kernels'}", str(source), "-o", str(folder / "out.cubin")]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("source", SOURCES or [NO_SOURCES])
-def test_cuda_sources_compile(source, arch, tmp_path):
+def test_cuda_sources_compile_without_spills(source, arch, tmp_path):
     told = compile_cuda(source, arch, tmp_path)
-    assert told.returncode == 0, told.stderr
+    assert told.returncode == 0 and "warning" not in told.stderr, told.stderr
+    kernels = re.findall(rf"Compiling entry function '\w+' for 'sm_{arch}'", told.stderr)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told.stderr)
+    assert kernels and len(spills) >= len(kernels) and set(spills) == {("0", "0", "0")}, told.stderr
 
 
 @needs_nvcc
