@@ -134,7 +134,7 @@ bool guess_row(const State& state, int64_t t, int64_t y, int64_t b) {
 
 // Takes in what was drawn at `count` consecutive cells of a sample, whose inputs were the guesses in `line`. The first
 // is final; each next one is as long as the guesses before it were right. Returns how many are final.
-int64_t settle(const State& state, Habits& habits, int64_t t, const Cell* cells, const Drawn* drawn, int64_t count) {
+int64_t settle(const State& state, int64_t t, const Cell* cells, const Drawn* drawn, int64_t count) {
     int64_t settled = 0;
     bool sure = true;
     for (int64_t m = 0; m < count; ++m) {
@@ -144,16 +144,16 @@ int64_t settle(const State& state, Habits& habits, int64_t t, const Cell* cells,
             write(state, t, cell, drawn[m]);
             ++settled;
             sure = guess == drawn[m].code;
-            habits.guess(sure);
         }
         guess = drawn[m].code;  // the better guess, where it is not final
     }
     return settled;
 }
 
-// One pass over the open positions of samples b0 .. b1, as many samples as fit. Returns the first sample left out.
+// One pass over the open positions of samples b0 .. b1, as many samples as fit. Returns the first sample left out, and
+// sets `open` where there was anything to do.
 int64_t pass(const State& state, Crew* crew, Scratch& scratch, int64_t t, int64_t y, int64_t b0, int64_t b1,
-             int64_t window, int64_t& evaluated) {
+             int64_t window, bool& open) {
     const SamplerJob& job = state.job;
     Cells cells;
     cells.t = t;
@@ -164,15 +164,15 @@ int64_t pass(const State& state, Crew* crew, Scratch& scratch, int64_t t, int64_
         if (cells.count + size > MOST_CELLS) break;
         for (int64_t j = 0; j < size; ++j) cells.at[cells.count++] = {end, y, state.front[end] + j};
     }
-    evaluated = cells.count;
     if (!cells.count) return end;
+    open = true;
     Drawn drawn[MOST_CELLS];
     pixels(state, crew, scratch, cells);
     draw_cells(state, crew, scratch, cells, drawn);
     for (int64_t m = 0, count; m < cells.count; m += count) {
         const int64_t b = cells.at[m].b;
         for (count = 1; m + count < cells.count && cells.at[m + count].b == b;) ++count;
-        state.front[b] += settle(state, *scratch.habits, t, cells.at + m, drawn + m, count);
+        state.front[b] += settle(state, t, cells.at + m, drawn + m, count);
         ++job.passes[(b * job.T + t) * job.H + y];
     }
     return end;
@@ -194,25 +194,26 @@ void score_row(const State& state, Crew* crew, Scratch& scratch, int64_t t, int6
 // Draws row y of samples b0 .. b1, whose past and vertical stream are there.
 void draw_row(const State& state, Crew* crew, Scratch& scratch, int64_t t, int64_t y, int64_t b0, int64_t b1) {
     const SamplerJob& job = state.job;
-    Habits& habits = *scratch.habits;
+    int64_t drawn = 0;  // codes
     for (int64_t b = b0; b < b1; ++b) {
         job.passes[(b * job.T + t) * job.H + y] = 0;
         state.front[b] = 0;
-        if (!guess_row(state, t, y, b)) continue;
+        if (!guess_row(state, t, y, b)) {
+            drawn += job.W;
+            continue;
+        }
         score_row(state, crew, scratch, t, y, b);
         state.front[b] = job.W;
     }
     const int64_t most = least(job.W, MOST_CELLS);
-    for (bool open = true; open;) {
-        const int choice = job.window ? 0 : habits.choose(most);
-        const int64_t window = job.window ? least(job.window, most) : window_sizes[choice];
-        const double start = seconds();
-        int64_t all = 0, evaluated;
-        for (int64_t b = b0; b < b1; all += evaluated)
-            b = pass(state, crew, scratch, t, y, b, b1, window, evaluated);
-        open = all > 0;
-        if (all == (b1 - b0) * window && !job.window) habits.took(choice, seconds() - start);
+    const int choice = scratch.habits->choose(most);
+    const int64_t window = job.window ? least(job.window, most) : WINDOW_SIZES[choice];
+    const double start = seconds();
+    for (bool open = drawn > 0; open;) {
+        open = false;
+        for (int64_t b = b0; b < b1;) b = pass(state, crew, scratch, t, y, b, b1, window, open);
     }
+    if (drawn && !job.window) scratch.habits->took(choice, (seconds() - start) / (double)drawn);
 }
 
 struct Turn {

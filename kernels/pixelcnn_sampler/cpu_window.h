@@ -1,4 +1,4 @@
-// How many positions of a row to evaluate at once, learnt while rows are drawn: about time, never about codes.
+// How many positions of a row to evaluate at once, learnt from row to row. It decides about time, never about codes.
 #pragma once
 
 #include <cstdint>
@@ -7,49 +7,34 @@ namespace fastvid::FASTVID_LEVEL {
 namespace {
 
 constexpr int WINDOWS = 8;
-constexpr int64_t window_sizes[WINDOWS] = {1, 2, 3, 4, 6, 8, 12, 16};
+constexpr int64_t WINDOW_SIZES[WINDOWS] = {1, 2, 3, 4, 6, 8, 12, 16};
+constexpr double HOPELESS = 1.25;        // so much slower than the best, and no larger size is tried
+constexpr int64_t LOOK_AROUND = 16;      // rows after which a neighbour of the best size has another turn
+constexpr double INTERRUPTED = 2, NEW = 0.25;  // a row's time counts up to this much of what was usual; its weight
 
-// Seconds of a pass for each size, and how often a guessed code turned out right.
+// Seconds that a settled code takes with windows of each size. Whole rows are timed: guesses get better from pass to
+// pass, so a pass alone says little.
 struct Habits {
-    double seconds[WINDOWS];
-    int64_t measured[WINDOWS];
-    double right, guessed;
-    int64_t passes;
+    double seconds[WINDOWS];  // 0: not tried yet
+    int64_t rows;
 
-    // The size whose pass settles the most codes a second, of those not above `most`. Sizes that were measured less
-    // than twice come first; now and then a neighbour of the best one is measured again.
     int choose(int64_t most) const {
-        const double agreement = (right + 0.5) / (guessed + 1);
-        double best = 0, settled = 0, chance = 1;
-        int chosen = 0;
-        int64_t positions = 0;
-        for (int i = 0; i < WINDOWS && (i == 0 || window_sizes[i] <= most); ++i) {
-            for (; positions < window_sizes[i]; ++positions, chance *= agreement) settled += chance;
-            if (measured[i] < 2) return i;
-            if (settled / seconds[i] > best) {
-                best = settled / seconds[i];
-                chosen = i;
-            }
+        int best = 0;
+        for (int i = 0; i < WINDOWS && WINDOW_SIZES[i] <= most; ++i) {
+            if (seconds[i] == 0) return i;
+            if (seconds[i] < seconds[best]) best = i;
+            if (seconds[i] > HOPELESS * seconds[best]) break;
         }
-        const int neighbour = chosen + (passes / 64 % 2 ? 1 : -1);
-        const bool there = neighbour >= 0 && neighbour < WINDOWS && window_sizes[neighbour] <= most;
-        return passes % 64 == 63 && there ? neighbour : chosen;
+        const int neighbour = best + (rows / LOOK_AROUND % 2 ? 1 : -1);
+        const bool there = neighbour >= 0 && neighbour < WINDOWS && WINDOW_SIZES[neighbour] <= most;
+        return rows % LOOK_AROUND == LOOK_AROUND - 1 && there ? neighbour : best;
     }
 
     void took(int i, double time) {
-        ++passes;
-        // the first time pays for cold memory; later, what took far too long was interrupted
-        if (measured[i]++ < 2)
-            seconds[i] = measured[i] == 1 || time < seconds[i] ? time : seconds[i];
-        else if (time < 4 * seconds[i])
-            seconds[i] += (time - seconds[i]) / 8;
-        else
-            seconds[i] *= 1.05;
-    }
-
-    void guess(bool was_right) {
-        right = right * 0.99 + was_right;
-        guessed = guessed * 0.99 + 1;
+        ++rows;
+        if (seconds[i] == 0) seconds[i] = time;
+        const double limit = INTERRUPTED * seconds[i];
+        seconds[i] += NEW * ((time < limit ? time : limit) - seconds[i]);
     }
 };
 
