@@ -25,9 +25,8 @@ from typing import Any
 from run import ROOT, BenchError, answer, cpu_name, device_name, new_results, read_results, result_file, write_file
 
 BEGIN, END = "<!-- status: written by bench/status.py -->", "<!-- end of status -->"
-# on a GPU new shapes may have to be compiled; the interpreter is hundreds of times slower
-SHAPES = {"cpu": {"shapes": 100, "repeats": 5}, "cuda": {"shapes": 30, "repeats": 20},
-          "interpreter": {"shapes": 10, "repeats": 2}}  # fmt: skip
+# on a GPU new shapes may have to be compiled
+SHAPES = {"cpu": {"shapes": 100, "repeats": 5}, "cuda": {"shapes": 30, "repeats": 20}, "interpreter": {"shapes": 10}}
 SAME = ("op", "backend", "place", "device")  # what tells entries apart
 COLUMNS = ("op", "torch", "CPU, native", "Triton, interpreted", "Triton, compiled for", "Triton, on a GPU",
            "CUDA, on a GPU")  # fmt: skip
@@ -187,13 +186,13 @@ def hold(subject: Any, backend: str, place: str) -> tuple[Entry, list[str]]:
     import fastvid
     from fastvid import laws
 
-    asked = SHAPES[place]
+    asked = SHAPES[place] | (laws.interpreted(subject.op) if place == "interpreter" else {})
     bench = laws.Bench(subject, backend, "cuda" if place == "cuda" else "cpu", **asked)
     broken = [f"{law}: {' '.join(reason.split())}" for law, reason in laws.hold(bench) if reason]
     entry = {"op": subject.op, "backend": backend, "place": place}
     entry["device"] = device_name() if place == "cuda" else cpu_name()
     entry |= {"date": datetime.date.today().isoformat(), "fastvid": fastvid.__version__, "laws": len(laws.LAWS)}
-    return entry | {"cases": len(subject.cases) * len(subject.dtypes) + asked["shapes"]}, broken
+    return entry | {"cases": len(bench.cases) * len(subject.dtypes) + bench.shapes}, broken
 
 
 def note(path: Path, entry: Entry, keep: bool) -> None:

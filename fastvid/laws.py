@@ -16,6 +16,17 @@ from fastvid.testing import Subject, poisoned_memory
 ROOMS = ("nearest_codebook", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
 
 
+# what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of the sampler, a
+# sixth of a second for a layer at a position: the room's own tests hold it to larger models
+INTERPRETED = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000}
+INTERPRETED_LESS = {"pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000}}
+
+
+def interpreted(op: str) -> dict[str, int]:
+    """Fields of a Bench for an op in Triton's interpreter."""
+    return INTERPRETED | INTERPRETED_LESS.get(op, {})
+
+
 def subjects() -> list[Subject]:
     """Every op that has laws."""
     return [one for room in ROOMS for one in importlib.import_module(f"fastvid.kernels.{room}.cases").SUBJECTS]

@@ -7,17 +7,14 @@ from fastvid import laws, ops
 
 SUBJECTS = {subject.op: subject for subject in laws.subjects()}
 PAIRS = [(name, backend.name) for name, op in ops.OPS.items() for backend in op.backends]
-SLOW = {"triton"}  # where there is no GPU the interpreter runs it, hundreds of times slower
-# a sixth of a second for a layer at a position there: the tests of the room itself hold the larger models
-LEAST = {("pixelcnn_sample", "triton"): {"repeats": 1, "shapes": 10, "work": 1_000, "drawn_work": 1_000}}
 
 
 def bench(name: str, backend: str, device: torch.device, **asked) -> laws.Bench:
     subject = SUBJECTS[name]
     if reason := laws.why_not(subject, backend, str(device)):
         pytest.skip(f"{name} by {backend} on {device}: {reason}")
-    if backend in SLOW and device.type == "cpu":
-        asked = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000} | LEAST.get((name, backend), {}) | asked
+    if backend == "triton" and device.type == "cpu":
+        asked = laws.interpreted(name) | asked
     return laws.Bench(subject, backend, str(device), **asked)
 
 
