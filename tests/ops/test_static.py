@@ -47,8 +47,7 @@ def test_shipped_kernels():
     assert told.returncode == 0, told.stdout + told.stderr
 
 
-NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, which is not installed")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not installed")
 SOURCES = [pytest.param(path, id=path.parent.name) for path in sorted((ROOT / "kernels").glob("*/cuda.cu"))]
 
 
@@ -56,7 +55,7 @@ def compile_cuda(source: Path, arch: str, folder: Path) -> subprocess.CompletedP
     # -arch=sm_90a would compile for the plain compute_90 as well, which lacks what the "a" stands for
     only = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     options = ["-std=c++17", "-O3", "-fmad=false", "-DFASTVID_ABI_VERSION=0", "-Xptxas=-v", "-cubin"]
-    command = [NVCC, *options, only, f"-I{ROOT / 'kernels'}", str(source), "-o", str(folder / "out.cubin")]
+    command = ["nvcc", *options, only, f"-I{ROOT / 'kernels'}", str(source), "-o", str(folder / "out.cubin")]
     return subprocess.run(command, capture_output=True, text=True)
 
 
