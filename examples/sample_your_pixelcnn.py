@@ -15,9 +15,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from fastvid.sampling import Noise
-from fastvid.sampling.conv_steps import ConvCache, ConvSteps
-from fastvid.sampling.steps import check_steps, sample_steps
+from fastvid.sampling import ConvCache, ConvSteps, Noise, check_steps, sample_steps
 
 # ---- somebody's model: not a word of sampling in it
 
