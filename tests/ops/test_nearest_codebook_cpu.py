@@ -21,24 +21,6 @@ def near(x: torch.Tensor, codebook: torch.Tensor, statistics: bool = True, scree
     return Nearest(*_cpu.nearest_codebook(x, codebook, statistics, screen=screen))
 
 
-def levels() -> list[bytes]:
-    """Every level this processor can run; generic alone where there is no library."""
-    library = _native.load()
-    names = (b"generic", b"v2", b"v3", b"v4")
-    found = [name for name in names if library is not None and library.fastvid_cpu_use_isa(name) == 0]
-    if library is not None:
-        library.fastvid_cpu_use_isa(library.fastvid_cpu_best_isa())
-    return found or [b"generic"]
-
-
-@pytest.fixture(params=levels(), ids=bytes.decode)
-def level(request):
-    library = _native.load()
-    library.fastvid_cpu_use_isa(request.param)
-    yield request.param
-    library.fastvid_cpu_use_isa(library.fastvid_cpu_best_isa())
-
-
 @pytest.fixture
 def threads():
     """A function that sets torch's thread count, which the kernel follows; set back afterwards."""
