@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-ABI_VERSION = 4  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 5  # raised together with kernels/common/abi.cpp whenever a signature below changes
 
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
@@ -44,6 +44,10 @@ SIGNATURES = {
         "fastvid_sampler_frame": (INT, (POINTER, SIZE)),
         # samples, B, W, K, seed, stream, t, y, noise
         "fastvid_gumbel_row": (INT, (POINTER, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, SIZE, POINTER)),
+        # a ConvCall, a GateCall, a WeightGradCall of kernels/gated_causal_conv/cpu.h
+        "fastvid_gated_causal_conv": (INT, (POINTER,)),
+        "fastvid_gate_backward": (INT, (POINTER,)),
+        "fastvid_weight_gradient": (INT, (POINTER,)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

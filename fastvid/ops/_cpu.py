@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastvid import _native
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type of kernels/nearest_codebook/cpu.h
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Type of kernels/common/types.h
 SCREENS = {"auto": 0, "int16": 1, "float32": 2, "none": 3}  # enum Screen
 _NO_MEMORY = 1  # enum Outcome
 

@@ -10,7 +10,7 @@ from fastvid.kernels.pixelcnn_sampler.packed import Table
 from fastvid.kernels.pixelcnn_sampler.session import Job
 
 MOST_TAPS, MOST_LAYERS, MOST_HEAD_WIDTH = 128, 4096, 1024  # of kernels/pixelcnn_sampler/cpu_model.h
-_REASONS = {1: "found no memory", 2: "refused its arguments"}  # enum Outcome of kernels/nearest_codebook/cpu.h
+_REASONS = {1: "found no memory", 2: "refused its arguments"}  # enum Outcome of kernels/common/types.h
 
 
 class _Job(ctypes.Structure):

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "gated_causal_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
 #include "pixelcnn_sampler/cpu.h"
 
@@ -18,12 +19,16 @@ struct Level {
     fastvid::Outcome (*sampler_row)(const fastvid::SamplerJob&, int64_t, int64_t);
     fastvid::Outcome (*sampler_frame)(const fastvid::SamplerJob&, int64_t);
     void (*gumbel_row)(const fastvid::NoiseCall&);
+    fastvid::Outcome (*gated_causal_conv)(const fastvid::ConvCall&);
+    fastvid::Outcome (*gate_backward)(const fastvid::GateCall&);
+    fastvid::Outcome (*weight_gradient)(const fastvid::WeightGradCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
     {#level, fastvid::level::nearest_codebook, fastvid::level::update_codebook, fastvid::level::sampler_bytes,   \
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
-     fastvid::level::gumbel_row}
+     fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
+     fastvid::level::weight_gradient}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -54,7 +59,7 @@ std::atomic<const Level*> chosen{&levels[processor_rank()]};
 }  // namespace
 
 // Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 4; }
+FASTVID_API int fastvid_abi_version(void) { return 5; }
 
 // The instruction set level in use: "generic", "v2", "v3" or "v4".
 FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
@@ -117,4 +122,15 @@ FASTVID_API int fastvid_gumbel_row(const int64_t* samples, int64_t B, int64_t W,
     if (B < 0 || W < 1 || K < 1) return fastvid::BAD_ARGUMENT;
     chosen.load()->gumbel_row({samples, noise, B, W, K, seed, stream, t, y});
     return fastvid::DONE;
+}
+
+// See gated_causal_conv/cpu.h for the three calls.
+FASTVID_API int fastvid_gated_causal_conv(const fastvid::ConvCall* call) {
+    return chosen.load()->gated_causal_conv(*call);
+}
+
+FASTVID_API int fastvid_gate_backward(const fastvid::GateCall* call) { return chosen.load()->gate_backward(*call); }
+
+FASTVID_API int fastvid_weight_gradient(const fastvid::WeightGradCall* call) {
+    return chosen.load()->weight_gradient(*call);
 }

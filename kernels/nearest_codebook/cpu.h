@@ -3,15 +3,12 @@
 
 #include <cstdint>
 
-namespace fastvid {
+#include "common/types.h"
 
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+namespace fastvid {
 
 // How the codes that may be nearest are found. What comes out is the same, to the last bit.
 enum Screen : int32_t { SCREEN_AUTO = 0, SCREEN_INT16 = 1, SCREEN_FLOAT32 = 2, SCREEN_NONE = 3 };
-
-// 0, or what went wrong.
-enum Outcome : int32_t { DONE = 0, NO_MEMORY = 1, BAD_ARGUMENT = 2 };
 
 struct NearestCall {
     const void* x;  // [N, D] of x_type, elements of a row side by side

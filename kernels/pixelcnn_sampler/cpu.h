@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "nearest_codebook/cpu.h"
+#include "common/types.h"
 
 namespace fastvid {
 
