@@ -99,13 +99,16 @@ def op(
 ) -> Callable[[Callable], "Op"]:
     """Makes a function of checks into an op of its name; its docstring is the op's documentation.
 
+    The function may return the arguments as the schema wants them, all of them: what users find natural to pass, such
+    as a tuple of taps, is not always what a schema can say.
+
     schema:   as torch writes it, without the op's name: arguments, and returns with the names that `result` has.
     fake:     stands in for a backend where there are only shapes.
     result:   the NamedTuple that is returned, whose order backends and `fake` keep too; the schema may have another,
               which backward and setup_context see. Tensor returns a bare one, None nothing, as for ops that write into
               their arguments.
-    backward, setup_context: as in torch.library.register_autograd, which backend serves left out; both None where there
-              is no gradient.
+    backward, setup_context: as in torch.library.register_autograd; both None where there is no gradient. ctx.backend is
+              who was asked for to serve the forward, "" for nobody.
     """
 
     def define(checks: Callable) -> Op:
@@ -113,12 +116,19 @@ def op(
         if made.differentiable:
             torch.library.register_autograd(
                 f"fastvid::{made.name}", backward,
-                setup_context=lambda ctx, inputs, keyword_only_inputs, output: setup_context(ctx, inputs, output),
+                setup_context=functools.partial(_set_up, setup_context),
             )  # fmt: skip
         OPS[made.name] = made
         return made
 
     return define
+
+
+def _set_up(setup_context: Callable, ctx, inputs: tuple, keyword_only_inputs: dict, output) -> None:
+    # autograd's threads know nothing of the block that the forward ran in; a compiled function obeys its caller's
+    block = "" if torch.compiler.is_compiling() else _chosen.get()
+    ctx.backend = keyword_only_inputs["backend"] or block
+    setup_context(ctx, inputs, output)
 
 
 class Op:
@@ -144,7 +154,7 @@ class Op:
         self._returns = [returned.name for returned in self.torch_op.default._schema.returns]
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
-        self.checks(*args, **kwargs)
+        args, kwargs = self._settled(args, kwargs)
         # torch would take what an op without a gradient writes for something to differentiate
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             outputs = self.torch_op(*args, **kwargs, backend=backend or "")
@@ -178,8 +188,12 @@ class Op:
             served = served or reason is None
         return told
 
+    def _settled(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        whole = self.checks(*args, **kwargs)
+        return (args, kwargs) if whole is None else (whole, {})
+
     def _positional(self, args: tuple, kwargs: dict) -> tuple:
-        self.checks(*args, **kwargs)
+        args, kwargs = self._settled(args, kwargs)
         rest = zip(self._names[len(args) :], self._defaults[len(args) :], strict=True)
         return (*args, *(kwargs.get(name, default) for name, default in rest))
 

@@ -1,31 +1,96 @@
-"""Masked causal convolution over live taps, and the gate: the definition, in plain torch. See README.md."""
+"""Masked causal convolution over live taps with its gate, and its gradients: the definition, in plain torch. See README.md.
+
+Taps are a flat list of offsets, (dt, dy, dx) after (dt, dy, dx), as torch's schemas have no lists of lists.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Tap = tuple[int, int, int]  # (dt, dy, dx): which neighbour is read, relative to the output position; dt <= 0
+Tap = tuple[int, int, int]  # (dt, dy, dx): which neighbour is read, relative to the output position
+ACTIVATIONS = ("gate", "glu", "none")
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, taps: tuple[Tap, ...]) -> Tensor:
-    """y[p] = bias + sum over i of x[p + taps[i]] @ weight[i]; zero outside. [B, T, H, W, Cin] -> [B, T, H, W, Cout]."""
-    return F.linear(neighbours(x, taps), weight.flatten(0, 1).t(), bias)
+def gated_causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Sequence[int], addend: Tensor | None,
+    residual: Tensor | None, activation: str, origin: Sequence[int], size: Sequence[int], keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [B, *size, C] and pre [B, *size, Cout], [0] unless kept; see fastvid.ops.gated_causal_conv."""
+    pre = causal_conv(x, weight, bias, taps, origin, size)
+    if addend is not None:
+        pre = pre + addend
+    out = gate(pre, activation)
+    if residual is not None:
+        out = residual + out
+    return out, pre if keep and activation != "none" else x.new_empty(0)
 
 
-def neighbours(x: Tensor, taps: tuple[Tap, ...]) -> Tensor:
-    """What the taps read at each position, side by side. [B, T, H, W, C] -> [B, T, H, W, taps * C], zero outside."""
-    T, H, W = x.shape[1:4]
-    before = [max(0, -min(tap[axis] for tap in taps)) for axis in range(3)]
-    after = [max(0, max(tap[axis] for tap in taps)) for axis in range(3)]
+def gated_causal_conv_backward(
+    x: Tensor, weight: Tensor, pre: Tensor | None, grad_out: Tensor | None, grad_pre: Tensor | None,
+    taps: Sequence[int], activation: str, origin: Sequence[int], wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and addend, [0] where not wanted; see fastvid.ops.gated_causal_conv_backward."""
+    grad = gate_backward(pre, grad_out, grad_pre, activation).to(x.dtype)  # [B, *size, Cout]
+    found = [x.new_empty(0) for _ in wanted]
+    if wanted[0]:
+        back = [-offset for offset in taps]
+        found[0] = causal_conv(grad, weight.mT, None, back, [-start for start in origin], x.shape[1:4])
+    if wanted[1]:
+        seen = neighbours(x, taps, origin, grad.shape[1:4])
+        found[1] = (seen.flatten(0, 3).mT @ grad.flatten(0, 3)).unflatten(0, (-1, x.shape[-1]))
+    if wanted[2]:
+        found[2] = grad.sum(dim=(0, 1, 2, 3))
+    if wanted[3]:
+        found[3] = grad
+    return tuple(found)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Sequence[int], origin: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """y[p] = bias + sum over i of x[origin + p + tap i] @ weight[i]; zero outside x. -> [B, *size, Cout]."""
+    return F.linear(neighbours(x, taps, origin, size), weight.flatten(0, 1).t(), bias)
+
+
+def neighbours(x: Tensor, taps: Sequence[int], origin: Sequence[int], size: Sequence[int]) -> Tensor:
+    """What the taps read at each position, side by side. [B, T, H, W, C] -> [B, *size, taps * C], zero outside x."""
+    corners = [tuple(map(sum, zip(origin, tap, strict=True))) for tap in triples(taps)]  # where each tap's view starts
+    before = [max(0, -min(axis)) for axis in zip(*corners, strict=True)]
+    after = [max(0, max(axis) + n - N) for axis, n, N in zip(zip(*corners, strict=True), size, x.shape[1:4], strict=True)]
     padded = F.pad(x, (0, 0, before[2], after[2], before[1], after[1], before[0], after[0]))
     views = []
-    for tap in taps:
-        t, y, x0 = (margin + offset for margin, offset in zip(before, tap, strict=True))
-        views.append(padded[:, t : t + T, y : y + H, x0 : x0 + W])
+    for corner in corners:
+        t, h, w = (slice(b + c, b + c + n) for b, c, n in zip(before, corner, size, strict=True))
+        views.append(padded[:, t, h, w])
     return torch.cat(views, dim=-1)
 
 
-def gate(pre: Tensor) -> Tensor:
-    """tanh(a) * sigmoid(b) with a and b the halves of the last axis. [..., 2C] -> [..., C]."""
+def triples(taps: Sequence[int]) -> list[Tap]:
+    """A flat list of offsets as one (dt, dy, dx) for each tap."""
+    return list(zip(taps[::3], taps[1::3], taps[2::3], strict=True))
+
+
+def gate(pre: Tensor, activation: str = "gate") -> Tensor:
+    """tanh(a) * sigmoid(b), a * sigmoid(b) or pre as it is; a, b: halves of the last axis. [..., 2C] -> [..., C]."""
+    if activation == "none":
+        return pre
     a, b = pre.chunk(2, dim=-1)
-    return torch.tanh(a) * torch.sigmoid(b)
+    return (torch.tanh(a) if activation == "gate" else a) * torch.sigmoid(b)
+
+
+def gate_backward(pre: Tensor | None, grad_out: Tensor | None, grad_pre: Tensor | None, activation: str) -> Tensor:
+    """The gradient at the sum before the activation, from those of both outputs. -> [..., Cout]."""
+    through = grad_out
+    if grad_out is not None and activation != "none":
+        a, b = pre.chunk(2, dim=-1)
+        s = torch.sigmoid(b)
+        if activation == "gate":
+            t = torch.tanh(a)
+            through = torch.cat([grad_out * s * (1 - t * t), grad_out * t * s * (1 - s)], dim=-1)
+        else:
+            through = torch.cat([grad_out * s, grad_out * a * s * (1 - s)], dim=-1)
+    if through is None or grad_pre is None:
+        return grad_pre if through is None else through
+    return through + grad_pre
