@@ -2,11 +2,14 @@
 
 from fastvid.nn.attention import CausalAttention
 from fastvid.nn.codebook import perplexity
-from fastvid.nn.conv import GatedCausalConv3d, ResidualBlock3d, raster_taps
-from fastvid.nn.gated import CausalConv, GatedPixelLayer, GatedPixelStack, GatedStackConfig, code_loss
+from fastvid.nn.conv import GatedCausalConv3d, ResidualBlock3d
+from fastvid.nn.gated import GatedPixelBlock, GatedPixelStack, GatedStackConfig, code_loss
+from fastvid.nn.live_kernel import raster_taps
+from fastvid.nn.masked import DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d, MaskedConv3d
 from fastvid.nn.quantize import VectorQuantize
 
 __all__ = [
-    "CausalAttention", "CausalConv", "GatedCausalConv3d", "GatedPixelLayer", "GatedPixelStack", "GatedStackConfig",
-    "ResidualBlock3d", "VectorQuantize", "code_loss", "perplexity", "raster_taps",
+    "CausalAttention", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d", "GatedPixelBlock",
+    "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "VectorQuantize",
+    "code_loss", "perplexity", "raster_taps",
 ]

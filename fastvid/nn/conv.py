@@ -12,8 +12,8 @@ class GatedCausalConv3d(nn.Module):
     """A masked convolution and its gate in one pass over the grid: only live taps are stored, read and multiplied.
 
     in_channels, out_channels: widths of the grid that is read and of the one that comes out.
-    taps:        (dt, dy, dx) of every neighbour that is read, dt <= 0; `raster_taps` lists those of a PixelCNN. The list
-                 decides causality.
+    taps:        (dt, dy, dx) of every neighbour that is read, dt <= 0; `raster_taps` lists those of a PixelCNN. The
+                 list decides causality.
     activation:  "gate", tanh(a) * sigmoid(b); "glu", a * sigmoid(b); "none".
     bias:        whether one is learned; it starts at zero.
     Parameters:  weight [taps, Cin, Cout] and bias [Cout], with Cout = 2 * out_channels for a and b one after the other,
@@ -56,28 +56,6 @@ class GatedCausalConv3d(nn.Module):
         """Sizes, for printing."""
         taps, cin, cout = self.weight.shape
         return f"{cin}, {cout}, taps={taps}, activation={self.activation!r}, bias={self.bias is not None}"
-
-
-def raster_taps(
-    kernel: tuple[int, int, int], mask_type: str = "B", dilation: tuple[int, int, int] = (1, 1, 1)
-) -> tuple[Tap, ...]:
-    """Live taps of a PixelCNN's masked kernel: those before its middle in raster order, t slowest.
-
-    kernel, dilation: extents and spacing over (t, y, x); the middle of an extent k is k // 2.
-    mask_type:        "A" leaves out the middle itself, "B" has it.
-    Returns:          (dt, dy, dx) in raster order.
-    Raises:           ValueError for another mask type.
-    Source:           van den Oord et al. 2016, arXiv:1601.06759, section 3.
-    """
-    if mask_type not in ("A", "B"):
-        raise ValueError(f"raster_taps: `mask_type` must be 'A' or 'B', got {mask_type!r}.")
-    (kt, kh, kw), (t, y, x) = kernel, (extent // 2 for extent in kernel)
-    last = (t * kh + y) * kw + x  # the middle's place in raster order
-    places = range(last + (mask_type == "B"))
-    return tuple(
-        ((i // (kh * kw) - t) * dilation[0], (i // kw % kh - y) * dilation[1], (i % kw - x) * dilation[2])
-        for i in places
-    )
 
 
 class ResidualBlock3d(nn.Module):

@@ -17,14 +17,11 @@ Source: van den Oord et al. 2016, arXiv:1606.05328 (layer and streams); Walker e
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid import ops
 from fastvid.nn.attention import CausalAttention
-
-Tap = tuple[int, int, int]
+from fastvid.nn.conv import GatedCausalConv3d, Tap
 
 
 @dataclass(frozen=True)
@@ -48,30 +45,18 @@ class GatedStackConfig:
     wavefront: bool = False
 
 
-class CausalConv(nn.Module):
-    """A convolution over live taps only; see fastvid.ops.causal_conv. Weight [taps, Cin, Cout]."""
+class GatedPixelBlock(nn.Module):
+    """One gated layer of both streams; `attention` follows it on the horizontal stream where given.
 
-    def __init__(self, in_channels: int, out_channels: int, taps: tuple[Tap, ...]):
-        super().__init__()
-        self.taps = taps
-        self.weight = nn.Parameter(torch.empty(len(taps), in_channels, out_channels))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        bound = (3.0 / (len(taps) * in_channels)) ** 0.5  # variance 1 / fan-in
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, H, W, Cin] -> [B, T, H, W, Cout]."""
-        return ops.causal_conv(x, self.weight, self.bias, self.taps)
-
-
-class GatedPixelLayer(nn.Module):
-    """One gated layer of both streams; `attention` follows it on the horizontal stream where given."""
+    v, h and the result of either stream have `config.channels` channels; the vertical stream tells the horizontal one
+    the sum before its gate.
+    """
 
     def __init__(self, config: GatedStackConfig, attention: bool):
         super().__init__()
         c = config.channels
-        self.vertical = CausalConv(c, 2 * c, vertical_taps(config.kernel, config.time_kernel, config.wavefront))
-        self.horizontal = CausalConv(c, 2 * c, horizontal_taps(config.kernel, config.time_kernel))
+        self.vertical = GatedCausalConv3d(c, c, vertical_taps(config.kernel, config.time_kernel, config.wavefront))
+        self.horizontal = GatedCausalConv3d(c, c, horizontal_taps(config.kernel, config.time_kernel))
         self.link = nn.Linear(2 * c, 2 * c, bias=False)
         self.condition = nn.Linear(config.condition_channels, 2 * c, bias=False)
         self.out = nn.Linear(c, c)
@@ -80,11 +65,13 @@ class GatedPixelLayer(nn.Module):
 
     def forward(self, v: Tensor, h: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """v, h: [B, T, H, W, C]; condition: [B, T, H, W, condition_channels] -> v, h of the same shapes."""
-        conditioned = self.condition(condition)
-        pre_v = self.vertical(v) + conditioned  # [B, T, H, W, 2C]
-        pre_h = self.horizontal(h) + self.link(pre_v) + conditioned
-        v = v + self.dropout(ops.gate(pre_v))
-        h = h + self.out(self.dropout(ops.gate(pre_h)))
+        conditioned = self.condition(condition)  # [B, T, H, W, 2C]
+        # dropout stands between the gate and the residual, so that one pass cannot do both
+        drops = self.training and self.dropout.p > 0
+        above = self.vertical(v, conditioned, residual=None if drops else v, return_pre=True)
+        v = v + self.dropout(above.out) if drops else above.out
+        beside = self.horizontal(h, conditioned + self.link(above.pre))
+        h = h + self.out(self.dropout(beside))
         return v, h if self.attention is None else h + self.attention(h)
 
 
@@ -99,11 +86,12 @@ class GatedPixelStack(nn.Module):
         self.config = config
         c = config.channels
         self.embed = nn.Embedding(config.codes, c)
-        self.input_vertical = CausalConv(c, c, input_vertical_taps(config.kernel, config.time_kernel))
-        self.input_horizontal = CausalConv(c, c, input_horizontal_taps(config.kernel, config.time_kernel))
+        reach = config.kernel, config.time_kernel
+        self.input_vertical = GatedCausalConv3d(c, c, input_vertical_taps(*reach), activation="none")
+        self.input_horizontal = GatedCausalConv3d(c, c, input_horizontal_taps(*reach), activation="none")
         every = config.attention_every
         self.layers = nn.ModuleList(
-            GatedPixelLayer(config, attention=bool(every) and (i + 1) % every == 0) for i in range(config.layers)
+            GatedPixelBlock(config, attention=bool(every) and (i + 1) % every == 0) for i in range(config.layers)
         )
         self.head = nn.Sequential(nn.ELU(), nn.Linear(c, c), nn.ELU(), nn.Linear(c, config.codes))
 
