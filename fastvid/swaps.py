@@ -3,18 +3,20 @@
     report = fastvid.accelerate(model)
     print(report)
 
-The packages themselves are not imported: a layer is known by the name of its class.
+No package is imported: a quantiser is known by the name of its class. A masked convolution is known by what it holds,
+as most are written by hand, and by what it computes: old and new run once on random numbers.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastvid.nn import VectorQuantize
+from fastvid.nn import DenseMaskedConv2d, DenseMaskedConv3d, VectorQuantize
 
 
 @dataclass
@@ -51,12 +53,11 @@ def accelerate(module: nn.Module) -> Report:
     report = Report(module, module)
     made: dict[int, nn.Module] = {}  # what stands for an old module, by the old one's id: shared layers stay shared
     for name, layer in [*module.named_modules(remove_duplicate=False)]:
-        swap = next((s for s in SWAPS if _derives(type(layer), s)), None)
+        swap = next((s for s in SWAPS if s.finds(layer)), None)
         if swap is None:
             continue
-        old = f"{swap.package} {type(layer).__name__}"
-        strange = _name(type(layer)) != swap.cls and "it is a subclass, which may do otherwise"
-        if reason := strange or swap.why_not(layer):
+        old = f"{swap.package(layer)} {type(layer).__name__}"
+        if id(layer) not in made and (reason := swap.why_not(layer)):
             report.left[name] = f"{old}: {reason}"
             continue
         new = made.get(id(layer)) or made.setdefault(id(layer), _in_place_of(layer, swap.make(layer, made)))
@@ -70,20 +71,16 @@ def accelerate(module: nn.Module) -> Report:
 
 
 class Swap(NamedTuple):
-    """One layer of a package that ours can stand for."""
+    """One kind of layer that ours can stand for."""
 
-    package: str
-    cls: str  # full name of the class
+    finds: Callable[[nn.Module], bool]
+    package: Callable[[nn.Module], str]  # where a layer that was found comes from
     why_not: Callable[[nn.Module], str | None]  # why this very layer stays; None if ours can stand for it
     make: Callable[[nn.Module, dict], nn.Module]  # ours, holding its tensors and modules
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _derives(cls: type, swap: Swap) -> bool:
-    return any(_name(base) == swap.cls for base in cls.__mro__)
 
 
 def _in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -98,8 +95,16 @@ def _in_place_of(old: nn.Module, new: nn.Module) -> nn.Module:
 
 # ---- vector-quantize-pytorch
 
+_VECTOR_QUANTIZE = "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize"
+
+
+def _is_vector_quantize(layer: nn.Module) -> bool:
+    return any(_name(base) == _VECTOR_QUANTIZE for base in type(layer).__mro__)
+
 
 def _vector_quantize_why_not(layer: nn.Module) -> str | None:
+    if _name(type(layer)) != _VECTOR_QUANTIZE:
+        return "it is a subclass, which may do otherwise"
     try:
         used = [option for option, asks in _asked_of(layer).items() if asks]
     except AttributeError as error:
@@ -152,9 +157,82 @@ def _vector_quantize(layer: nn.Module, made: dict[int, nn.Module]) -> VectorQuan
     return ours
 
 
+# ---- masked convolutions, whoever wrote them
+
+
+def _is_masked_conv(layer: nn.Module) -> bool:
+    ours = isinstance(layer, (DenseMaskedConv2d, DenseMaskedConv3d))
+    return isinstance(layer, (nn.Conv2d, nn.Conv3d)) and not ours and isinstance(layer._buffers.get("mask"), Tensor)
+
+
+def _masked_conv_why_not(layer: nn.Module) -> str | None:
+    return _more_than_a_masked_conv(layer) or _other_than_ours(layer)
+
+
+def _more_than_a_masked_conv(layer: nn.Module) -> str | None:
+    """What it holds or takes that ours does not."""
+    more = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
+    more += [name for name, _ in layer.named_buffers(recurse=False) if name != "mask"]
+    more += [name for name, _ in layer.named_children()]
+    if more:
+        return f"it holds more than weight, bias and mask: {', '.join(more)}"
+    if type(layer._parameters.get("weight")) is not nn.Parameter or layer.mask.is_meta:
+        return f"its weight is a {type(layer.weight).__name__} on {layer.mask.device}, not a plain parameter"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the layer itself"
+    takes = [*inspect.signature(layer.forward).parameters.values()]
+    if len(takes) != 1 or takes[0].kind not in (takes[0].POSITIONAL_ONLY, takes[0].POSITIONAL_OR_KEYWORD):
+        return f"its forward takes ({', '.join(map(str, takes))}), not one tensor"
+    return "its mask hides nothing" if bool((layer.mask == 1).all()) else None
+
+
+def _other_than_ours(layer: nn.Module) -> str | None:
+    """What differs when both run on random numbers. It is a copy that runs, so the layer stays as it is."""
+    draw = torch.Generator().manual_seed(0)  # its own, so that torch's stays where it is
+    twin = _twin(layer, draw)
+    try:
+        ours = _masked_conv(twin, {})
+    except (ValueError, NotImplementedError) as error:
+        return str(error).partition(": ")[2]
+    reaches = [k // 2 * step for k, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    x = _random(draw, 1, layer.in_channels, *(2 * reach + 2 + axis for axis, reach in enumerate(reaches)))
+    # ours first: the other may write into its weights, which ours here shares
+    found = ours.live_kernel.convolve("", x, ours.live_kernel.live(ours.weight), ours.bias, backend="reference")
+    for twin.training in (False, True):
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+                wanted = twin.forward(x.clone())
+        except Exception as error:  # it is somebody's code, which may raise anything
+            return f"its forward does not take {list(x.shape)}: {type(error).__name__}: {error}".partition("\n")[0]
+        same = isinstance(wanted, Tensor) and wanted.shape == found.shape and wanted.dtype == found.dtype
+        if not (same and torch.allclose(wanted, found, rtol=1e-9, atol=1e-9)):
+            return "its forward does more than, or other than, a convolution with the masked weight"
+    return None
+
+
+def _twin(layer: nn.Module, draw: torch.Generator) -> nn.Module:
+    """A layer like it on the CPU, without hooks, whose parameters are float64 and random.
+
+    Random, for where a mask hides weights that are zero now nobody could tell whether `forward` hides them.
+    """
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(vars(layer))
+    parameters = {n: p if p is None else nn.Parameter(_random(draw, *p.shape)) for n, p in layer._parameters.items()}
+    mask = layer.mask.detach().to("cpu", copy=True)
+    mask = mask.double() if mask.is_floating_point() else mask
+    twin.__dict__.update(_parameters=parameters, _buffers={"mask": mask})
+    return twin
+
+
+def _random(draw: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu")
+
+
+def _masked_conv(layer: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    return (DenseMaskedConv2d if isinstance(layer, nn.Conv2d) else DenseMaskedConv3d).in_place_of(layer)
+
+
 SWAPS = (
-    Swap(
-        "vector-quantize-pytorch", "vector_quantize_pytorch.vector_quantize_pytorch.VectorQuantize",
-        _vector_quantize_why_not, _vector_quantize,
-    ),
-)  # fmt: skip
+    Swap(_is_vector_quantize, lambda _: "vector-quantize-pytorch", _vector_quantize_why_not, _vector_quantize),
+    Swap(_is_masked_conv, lambda layer: type(layer).__module__.split(".")[0], _masked_conv_why_not, _masked_conv),
+)
