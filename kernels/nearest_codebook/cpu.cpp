@@ -2,13 +2,12 @@
 // this file has the design; compiled once per instruction set level (see common/simd.h).
 #include "nearest_codebook/cpu.h"
 
-#include <cstdlib>
-
 #include "common/numbers.h"
+#include "common/pages.h"
 #include "common/pool.h"
+#include "common/scratch.h"
 #include "nearest_codebook/cpu_distance.h"
 #include "nearest_codebook/cpu_screen.h"
-#include "common/pages.h"
 
 namespace fastvid::FASTVID_LEVEL {
 namespace {
@@ -18,26 +17,6 @@ constexpr int64_t BLOCK_BYTES = 64 << 10;   // of a block of rows, wide and quan
 constexpr int64_t MOST_BLOCK_ROWS = 96, LEAST_BLOCK_ROWS = 24;
 constexpr int64_t LEAST_SCREENED_ROWS = 16, LEAST_SCREENED_CODES = 6;  // below, every distance costs less
 static_assert(MOST_BLOCK_ROWS % TILE_ROWS == 0 && LEAST_BLOCK_ROWS % TILE_ROWS == 0);
-
-// Cuts aligned arrays out of one allocation. Run once without memory to learn the size.
-struct Cutter {
-    char* base = nullptr;
-    size_t used = 0;
-
-    template <class T>
-    T* cut(int64_t count) {
-        char* at = base + used;
-        used += ((size_t)count * sizeof(T) + 63) / 64 * 64;
-        return base ? (T*)at : nullptr;
-    }
-};
-
-struct Memory {
-    void* block = nullptr;
-
-    bool take(size_t size) { return posix_memalign(&block, 64, size ? size : 64) == 0; }
-    ~Memory() { free(block); }
-};
 
 // What all threads share.
 struct Job {
