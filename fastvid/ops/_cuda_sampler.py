@@ -9,6 +9,7 @@ from fastvid import _native
 from fastvid.kernels.pixelcnn_sampler.cuda_rows import Dense, lay_out, most_strips
 from fastvid.kernels.pixelcnn_sampler.packed import Table
 from fastvid.kernels.pixelcnn_sampler.session import Job
+from fastvid.ops.conv import gated_causal_conv
 
 CHUNK = 256  # keys that one CTA attends to; part of what decides the rounding
 PATIENCE = 2.0  # seconds after which a launch that still waits gives up; a row takes milliseconds
@@ -51,6 +52,10 @@ def unasked(*_) -> str:
     return "has not been verified on a GPU; ask for it with backend='cuda'"
 
 
+def _convolve(*args) -> tuple[Tensor, Tensor]:
+    return gated_causal_conv.best(*args).run(*args)
+
+
 def _lacking(table: Table) -> str | None:
     taps, now = table.taps, range(1 - table.horizontal_now, 1)
     layers = tuple((0, 0, dx) for dx in now)
@@ -76,7 +81,7 @@ class Session:
             processors, shared = ctypes.c_int64(), ctypes.c_int64()
             self._check(self.library.fastvid_cuda_device(ctypes.byref(processors), ctypes.byref(shared)))
         self.ctas = ctas or min(processors.value, max(most_strips(job.table), len(job.samples) * job.table.heads))
-        self.dense = Dense(job)
+        self.dense = Dense(job, _convolve)
         self.fields = Row(**self._sizes(chunk))
         self._give_weights()
         self._give_caches(chunk)

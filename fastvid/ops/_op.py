@@ -171,6 +171,13 @@ class Op:
         args = self._positional(args, kwargs)
         return self._recorded(args, backend or "").run
 
+    def best(self, *args) -> Backend:
+        """The first backend that serves these arguments, whatever was asked for: for ops that are a part of others.
+
+        args: all of the torch op's arguments, by position, as they stand in its schema.
+        """
+        return next(b for b in self.backends if b.why_not(*args) is None and b.unasked(*args) is None)
+
     def explain(self, *args, backend: str | None = None, **kwargs) -> str:
         """Which backend serves these arguments, and why each other one does not. One line each."""
         args = self._positional(args, kwargs)
@@ -227,7 +234,7 @@ class Op:
     def _choose(self, args: tuple, asked: str) -> Backend:
         permitted = self._permitted(asked)
         if not permitted:
-            return next(b for b in self.backends if b.why_not(*args) is None and b.unasked(*args) is None)
+            return self.best(*args)
         mine = {candidate.name: candidate for candidate in self.backends}
         for name in permitted:
             if name in mine and mine[name].why_not(*args) is None:

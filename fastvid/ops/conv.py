@@ -116,13 +116,14 @@ def gated_causal_conv(
 ) -> Gated:  # fmt: skip
     """Convolution that reads only the listed neighbours, and its gate: no masked weights, no padding, no other pass.
 
-    x:          [B, T, H, W, Cin], floating, any strides (movedim gives this view of torch's usual layout); zero outside.
+    x:          [B, T, H, W, Cin], floating, any strides (movedim makes this view of torch's layout); zero outside.
     weight:     [taps, Cin, Cout], any strides. bias: [Cout] or None.
     taps:       (dt, dy, dx) per weight slice, the neighbour's offset; dt <= 0. The caller's list decides causality.
     addend:     [B, *size, Cout] or None, joins the sum before the activation: a conditioning, or what one stream tells
                 another. Any strides, so `expand` makes one that is the same everywhere for nothing.
     residual:   [B, *size, C] or None, joins the output. Its dtype is the output's.
-    activation: "gate", tanh(a) * sigmoid(b); "glu", a * sigmoid(b); a and b the halves of Cout, C = Cout / 2. "none": C = Cout.
+    activation: "gate", tanh(a) * sigmoid(b); "glu", a * sigmoid(b); a and b are the halves of Cout, so C = Cout / 2.
+                "none": the sum as it is, C = Cout.
     origin, size: output p reads x at origin + p + tap, for p over a grid of this size; by default x's own grid. With
                 them a row of a frame, or what is new behind a cache, is computed alone.
     keep:       whether `pre` is wanted; it is also kept where a gradient will need it.
@@ -136,7 +137,7 @@ def gated_causal_conv(
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"gated_causal_conv: `activation` must be one of {known}, got {activation!r}.")
     if any(dt > 0 for dt, _, _ in taps):
-        raise ValueError(f"gated_causal_conv: `taps` must have dt <= 0, got {tuple(taps)}; a later frame is unknown yet.")
+        raise ValueError(f"gated_causal_conv: `taps` must have dt <= 0, later frames are unknown; got {tuple(taps)}.")
     x, weight, bias, addend = _autocast(x, weight, bias, addend)
     size = [*x.shape[1:4]] if size is None else [*size]
     _check_shapes(x, weight, bias, len(taps), addend, residual, activation, size)

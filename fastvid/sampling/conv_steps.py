@@ -2,7 +2,7 @@
 
 A convolution keeps the plane of its inputs. When a row starts, the taps in earlier rows and frames are summed for the
 whole row in one product, as all of them are known; what is left per position are the live taps of the row itself.
-Products are batched over the samples, so that a sample's codes do not depend on its neighbours in the batch.
+No product's rounding depends on the other samples, so that a sample's codes do not depend on its neighbours.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvid import ops
 from fastvid.sampling.steps import Position, before, refuse_training
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -47,7 +48,8 @@ class ConvCache:
         self.sees_itself, self.pointwise = (0, 0, 0) in taps, set(taps) == {(0, 0, 0)}
         here = sorted(tap for tap in taps if tap[:2] == (0, 0))
         above = sorted(set(taps) - set(here))
-        self.above, self.above_weight = above, self._stacked(weight, [taps[tap] for tap in above])
+        self.above = above
+        self.above_weight = torch.stack([weight[(..., *taps[tap])].t() for tap in above]) if above else None
         # between its outermost live taps the row is read as one run of columns, dead ones with zero weight
         self.dilation = conv.dilation[-1]
         self.columns = range(here[0][2], here[-1][2] + 1, self.dilation) if here else range(0)
@@ -96,8 +98,9 @@ class ConvCache:
         t, y, x = t + self.first[0], y + self.first[1], self.first[2]
         base = self.bias.expand(self.batch, W, -1)
         if self.above:
-            views = [self.plane[:, t + dt, y + dy, x + dx : x + dx + W] for dt, dy, dx in self.above]
-            base = torch.baddbmm(base, torch.cat(views, dim=-1), self.above_weight)  # [B, W, Cout]
+            base = ops.causal_conv(
+                self.plane, self.above_weight, self.bias, self.above, origin=(t, y, x), size=(1, 1, W)
+            )[:, 0, 0]  # [B, W, Cout]
         # views made once a row are cheaper than slices made once a position
         self.base, self.inputs = base.unsqueeze(2).unbind(1), self.plane[:, t, y, x : x + W].unbind(1)
         if self.columns:

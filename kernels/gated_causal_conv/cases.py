@@ -1,4 +1,4 @@
-"""Named sizes of the gated causal convolution, and how its results are judged: tested, timed and tuned from this list."""
+"""Named sizes of the gated causal convolution, and how results are judged: tested, timed and tuned from this list."""
 
 from dataclasses import dataclass
 from random import Random

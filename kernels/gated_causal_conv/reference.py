@@ -1,4 +1,4 @@
-"""Masked causal convolution over live taps with its gate, and its gradients: the definition, in plain torch. See README.md.
+"""Masked causal convolution over live taps, its gate and its gradients: the definition, in plain torch. See README.md.
 
 Taps are a flat list of offsets, (dt, dy, dx) after (dt, dy, dx), as torch's schemas have no lists of lists.
 """
@@ -51,14 +51,18 @@ def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, taps: Sequence[int], origin: Sequence[int], size: Sequence[int]
 ) -> Tensor:
     """y[p] = bias + sum over i of x[origin + p + tap i] @ weight[i]; zero outside x. -> [B, *size, Cout]."""
-    return F.linear(neighbours(x, taps, origin, size), weight.flatten(0, 1).t(), bias)
+    seen, weight = neighbours(x, taps, origin, size), weight.flatten(0, 1)  # [B, *size, taps * Cin], [taps * Cin, Cout]
+    # a product for each sample, so that its rounding does not depend on the others
+    y = torch.bmm(seen.flatten(1, 3), weight.expand(len(x), -1, -1)).unflatten(1, tuple(size))
+    return y if bias is None else y + bias
 
 
 def neighbours(x: Tensor, taps: Sequence[int], origin: Sequence[int], size: Sequence[int]) -> Tensor:
     """What the taps read at each position, side by side. [B, T, H, W, C] -> [B, *size, taps * C], zero outside x."""
     corners = [tuple(map(sum, zip(origin, tap, strict=True))) for tap in triples(taps)]  # where each tap's view starts
-    before = [max(0, -min(axis)) for axis in zip(*corners, strict=True)]
-    after = [max(0, max(axis) + n - N) for axis, n, N in zip(zip(*corners, strict=True), size, x.shape[1:4], strict=True)]
+    first, last = ([pick(axis) for axis in zip(*corners, strict=True)] for pick in (min, max))
+    before = [max(0, -start) for start in first]
+    after = [max(0, start + n - N) for start, n, N in zip(last, size, x.shape[1:4], strict=True)]
     padded = F.pad(x, (0, 0, before[2], after[2], before[1], after[1], before[0], after[0]))
     views = []
     for corner in corners:

@@ -1,9 +1,10 @@
-"""What the persistent CUDA sampler leaves to torch: the passes over frames and rows, and the layout of its weights.
+"""What the persistent CUDA sampler leaves to others: the passes over frames and rows, and the layout of its weights.
 
-The dense products are torch's (cuBLAS on a GPU), in float32 without TF32, batched over the samples.
+The convolutions of both passes are the gated causal convolution, on the planes where they lie; the other products are
+torch's (cuBLAS on a GPU), in float32 without TF32, batched over the samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -99,10 +100,12 @@ class Dense:
     base:    [L, B, W, 2C], the horizontal pre-gate features but for the present frame's taps.
     h_plane: [L, B, frames, H + 2r, W + 2r, C], every layer's input, which the kernel writes; frame t in slot t modulo
              frames; or None where no earlier frame is seen.
+
+    convolve: a launcher of gated_causal_conv, which takes what its backends take.
     """
 
-    def __init__(self, job: Job):
-        self.job, self.table, self.at = job, job.table, None
+    def __init__(self, job: Job, convolve: Callable[..., tuple[Tensor, Tensor]]):
+        self.job, self.table, self.convolve, self.at = job, job.table, convolve, None
         self.model = Unpacked(job.packed)
         (B, T, H, W), t = job.grid, job.table
         self.frames, r = min(T, t.frames_seen), t.radius
@@ -126,40 +129,43 @@ class Dense:
             self._row(t, y)
 
     def _frame(self, t: int) -> None:
-        taps, H, W = self.table.taps, *self.job.grid[2:]
+        taps, (H, W), r = self.table.taps, self.job.grid[2:], self.table.radius
         for i, layer in enumerate(self.model.layers):
-            condition = _product(self.job.condition[:, t].flatten(1, 2), layer["cond"])  # [B, H W, 2C]
+            condition = _product(self.job.condition[:, t].flatten(1, 2), layer["cond"])
+            condition = condition.unflatten(1, (1, H, W))  # [B, 1, H, W, 2C]
             for which, (letter, plane, group) in enumerate(
                 (("v", self.v_plane, taps.vertical), ("h", self.h_plane, taps.horizontal))
             ):
-                found = condition + layer[f"{letter}_bias"]
-                past = [tap for tap in group if tap[0] < 0]
+                past, bias = [tap for tap in group if tap[0] < 0], layer[f"{letter}_bias"]
                 live = [j for j, tap in enumerate(past) if t + tap[0] >= 0]
                 if live:
-                    weight = layer[f"{letter}_past"].unflatten(0, (len(past), -1))[live].flatten(0, 1)
-                    seen = [self._view(plane[i], t, tap, slice(0, H)) for tap in (past[j] for j in live)]
-                    found = found + _product(torch.cat(seen, dim=-1).flatten(1, 2), weight)
-                self.past[which, i] = found.unflatten(1, (H, W))
+                    weight = layer[f"{letter}_past"].unflatten(0, (len(past), -1))[live]
+                    seen = self._slots(t, [past[j] for j in live])
+                    found, _ = self.convolve(
+                        plane[i], weight, bias, seen, condition, None, "none", [0, r, r], [1, H, W], False
+                    )
+                else:
+                    found = condition + bias
+                self.past[which, i] = found.squeeze(1)
 
     def _row(self, t: int, y: int) -> None:
         taps, r, W = self.table.taps, self.table.radius, self.job.grid[3]
-        now = [tap for tap in taps.vertical if tap[0] == 0]
         found = self.model.globals
         self.start.copy_(self._look_up(t, y, found["table_h"], found["bias_h"], taps.input_horizontal, earlier=True))
         v = self._look_up(t, y, found["table_v"], found["bias_v"], taps.input_vertical, earlier=False)
+        now = self._slots(t, [tap for tap in taps.vertical if tap[0] == 0])
         for i, layer in enumerate(self.model.layers):
             self.v_plane[i, :, t % self.frames, y + r, r : r + W] = v
-            seen = torch.cat([self._view(self.v_plane[i], t, tap, y).squeeze(1) for tap in now], dim=-1)
-            pre = self.past[0, i, :, y] + _product(seen, layer["v_now"])  # [B, W, 2C]
+            weight, past = layer["v_now"].unflatten(0, (len(now) // 3, -1)), self.past[0, i, :, None, y : y + 1]
+            v, pre = self.convolve(
+                self.v_plane[i], weight, None, now, past, v[:, None, None], "gate", [0, r + y, r], [1, 1, W], True
+            )
+            v, pre = v[:, 0, 0], pre[:, 0, 0]  # [B, W, C], [B, W, 2C]
             self.base[i] = self.past[1, i, :, y] + _product(pre, layer["link"])
-            a, b = pre.chunk(2, dim=-1)
-            v = v + torch.tanh(a) * torch.sigmoid(b)
 
-    def _view(self, plane: Tensor, t: int, tap: Tap, rows: slice | int) -> Tensor:
-        """What a tap sees from the given rows of frame t. [B, frames, ...] -> [B, rows, W, C]."""
-        (dt, dy, dx), r, W = tap, self.table.radius, self.job.grid[3]
-        first, last = (rows, rows + 1) if isinstance(rows, int) else (rows.start, rows.stop)
-        return plane[:, (t + dt) % self.frames, r + dy + first : r + dy + last, r + dx : r + dx + W]
+    def _slots(self, t: int, taps: list[Tap]) -> list[int]:
+        """The taps of frame t with the slot that holds their frame in place of dt, in one flat list."""
+        return [offset for dt, dy, dx in taps for offset in ((t + dt) % self.frames, dy, dx)]
 
     def _look_up(self, t: int, y: int, tables: Tensor, bias: Tensor, taps: tuple[Tap, ...], earlier: bool) -> Tensor:
         """An input convolution over row y; only taps of earlier frames if `earlier`. -> [B, W, C]."""
