@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fastvid.kernels.gated_causal_conv import reference
 from fastvid.kernels.gated_causal_conv.reference import ACTIVATIONS, Tap
-from fastvid.ops._op import Backend, never, op
+from fastvid.ops import _cpu_conv
+from fastvid.ops._op import Backend, lazy, never, op, triton
 
+TRITON = "gated_causal_conv.triton_gpu"
 Grid = tuple[int, int, int]  # T, H, W
 
 
@@ -47,6 +49,8 @@ def _fake_backward(x, weight, pre, grad_out, grad_pre, taps, activation, origin,
     "(Tensor x, Tensor weight, Tensor? pre, Tensor? grad_out, Tensor? grad_pre, int[] taps, str activation,"
     " int[] origin, bool[] wanted) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_addend)",
     backends=[
+        triton(lazy(TRITON, "gated_causal_conv_backward"), lazy(TRITON, "why_not_backward")),
+        Backend("cpu", _cpu_conv.gated_causal_conv_backward, _cpu_conv.why_not_backward),
         Backend("reference", reference.gated_causal_conv_backward, never),
     ],
     fake=_fake_backward,
@@ -102,6 +106,8 @@ def _backward(ctx, grad_out: Tensor | None, grad_pre: Tensor | None):
     "(Tensor x, Tensor weight, Tensor? bias, int[] taps, Tensor? addend, Tensor? residual, str activation,"
     " int[] origin, int[] size, bool keep) -> (Tensor out, Tensor pre)",
     backends=[
+        triton(lazy(TRITON, "gated_causal_conv"), lazy(TRITON, "why_not")),
+        Backend("cpu", _cpu_conv.gated_causal_conv, _cpu_conv.why_not),
         Backend("reference", reference.gated_causal_conv, never),
     ],
     fake=_fake,
