@@ -40,7 +40,7 @@ class LiveKernel:
         Raises: ValueError for words that say nothing; NotImplementedError for those that are not taken.
         """
         taken = {"stride": (1,) * axes, "groups": 1, "padding_mode": "zeros"}
-        asked = {"stride": _each(who, "stride", stride, axes), "groups": groups, "padding_mode": padding_mode}
+        asked = {"stride": each_axis(who, "stride", stride, axes), "groups": groups, "padding_mode": padding_mode}
         for name, value in asked.items():
             if value != taken[name]:
                 raise NotImplementedError(
@@ -48,8 +48,8 @@ class LiveKernel:
                 )
         if min(channels) < 1:
             raise ValueError(f"{who}: `in_channels` and `out_channels` must be at least 1, got {channels[::-1]}.")
-        extent = _each(who, "kernel_size", kernel_size, axes, least=1)
-        steps = _each(who, "dilation", dilation, axes, least=1)
+        extent = each_axis(who, "kernel_size", kernel_size, axes, least=1)
+        steps = each_axis(who, "dilation", dilation, axes, least=1)
         before, after = _margins(who, padding, extent, steps)
         return cls._laid_out(extent, live_places(who, mask, (*channels, *extent)), before, after, steps)
 
@@ -180,7 +180,7 @@ def _broadcast(who: str, mask: Tensor, shape: Sequence[int]) -> Tensor:
     return whole
 
 
-def _each(who: str, name: str, value: Words, axes: int, least: int = 0) -> tuple[int, ...]:
+def each_axis(who: str, name: str, value: Words, axes: int, least: int = 0) -> tuple[int, ...]:
     """A word of torch's convolutions as one number for each axis."""
     whole = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(whole) != axes or any(not isinstance(n, int) or n < least for n in whole):
@@ -195,5 +195,5 @@ def _margins(who: str, padding: Words | str, extent: Sequence[int], steps: Seque
         return [n // 2 for n in both], [n - n // 2 for n in both]
     if isinstance(padding, str) and padding != "valid":
         raise ValueError(f"{who}: `padding` must be integers, 'same' or 'valid', got {padding!r}.")
-    margin = _each(who, "padding", 0 if padding == "valid" else padding, len(extent))
+    margin = each_axis(who, "padding", 0 if padding == "valid" else padding, len(extent))
     return margin, margin

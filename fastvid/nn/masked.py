@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from fastvid.nn.live_kernel import LiveKernel, live_places
+from fastvid.nn.live_kernel import LiveKernel, each_axis, live_places
 
 Words = int | tuple[int, ...]
 
@@ -27,12 +27,16 @@ class _MaskedConv(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
+        who, axes = self._get_name(), self.axes
         self.live_kernel = LiveKernel.of(
-            self._get_name(), self.axes, mask_type, (out_channels, in_channels), kernel_size, stride, padding, dilation,
-            groups, padding_mode,
+            who, axes, mask_type, (out_channels, in_channels), kernel_size, stride, padding, dilation, groups,
+            padding_mode,
         )  # fmt: skip
         self.mask_type, self.in_channels, self.out_channels = self.live_kernel.mask_type, in_channels, out_channels
-        self.kernel_size, self.padding, self.dilation = self.live_kernel.extent, padding, dilation
+        self.kernel_size, self.stride = self.live_kernel.extent, (1,) * axes
+        self.padding = padding if isinstance(padding, str) else each_axis(who, "padding", padding, axes)
+        self.dilation = each_axis(who, "dilation", dilation, axes)
+        self.groups, self.padding_mode = 1, "zeros"
         shape = (len(self.live_kernel.taps), in_channels, out_channels)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         biases = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
@@ -91,7 +95,7 @@ class _MaskedConv(nn.Module):
         """Words of the layer, for printing."""
         return (
             f"{self.mask_type!r}, {self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"padding={self.padding!r}, dilation={self.dilation}, bias={self.bias is not None}"
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
         )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
