@@ -16,10 +16,14 @@ from fastvid.testing import Subject, poisoned_memory
 ROOMS = ("nearest_codebook", "gated_causal_conv", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
 
 
-# what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of the sampler, a
-# sixth of a second for a layer at a position: the room's own tests hold it to larger models
+# what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of what launches
+# much (the sampler takes a sixth of a second for a layer at a position): the rooms' own tests hold it to larger sizes
 INTERPRETED = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000}
-INTERPRETED_LESS = {"pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000}}
+INTERPRETED_LESS = {
+    "pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000},
+    "gated_causal_conv": {"shapes": 80, "work": 400_000, "drawn_work": 200_000},
+    "gated_causal_conv_backward": {"repeats": 1, "shapes": 30, "work": 150_000, "drawn_work": 60_000},
+}
 
 
 def interpreted(op: str) -> dict[str, int]:
