@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvid.nn import DenseMaskedConv2d, DenseMaskedConv3d, VectorQuantize
+from fastvid.nn import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, VectorQuantize
 
 
 @dataclass
@@ -161,8 +161,22 @@ def _vector_quantize(layer: nn.Module, made: dict[int, nn.Module]) -> VectorQuan
 
 
 def _is_masked_conv(layer: nn.Module) -> bool:
-    ours = isinstance(layer, (DenseMaskedConv2d, DenseMaskedConv3d))
-    return isinstance(layer, (nn.Conv2d, nn.Conv3d)) and not ours and isinstance(layer._buffers.get("mask"), Tensor)
+    mask, conv = layer._buffers.get("mask"), _convolution_of(layer)
+    if isinstance(layer, _STAND_INS) or not isinstance(mask, Tensor) or conv is None:
+        return False
+    # a mask beside a convolution may be for something else
+    return conv is layer or mask.shape[-len(conv.kernel_size) :] == conv.kernel_size
+
+
+_STAND_INS = (DenseMaskedConv2d, DenseMaskedConv3d, DenseMasked)
+
+
+def _convolution_of(layer: nn.Module) -> nn.Module | None:
+    """The layer, if it is a convolution, or the one that is all it has inside."""
+    if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+        return layer
+    children = [*layer.children()]
+    return children[0] if len(children) == 1 and type(children[0]) in (nn.Conv2d, nn.Conv3d) else None
 
 
 def _masked_conv_why_not(layer: nn.Module) -> str | None:
@@ -171,13 +185,15 @@ def _masked_conv_why_not(layer: nn.Module) -> str | None:
 
 def _more_than_a_masked_conv(layer: nn.Module) -> str | None:
     """What it holds or takes that ours does not."""
-    more = [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]
-    more += [name for name, _ in layer.named_buffers(recurse=False) if name != "mask"]
-    more += [name for name, _ in layer.named_children()]
-    if more:
+    conv = _convolution_of(layer)
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    held = [*layer.named_parameters(), *layer.named_buffers(), *layer.named_children()]
+    if more := [name for name, thing in held if not any(thing is known for known in (weight, bias, layer.mask, conv))]:
         return f"it holds more than weight, bias and mask: {', '.join(more)}"
-    if type(layer._parameters.get("weight")) is not nn.Parameter or layer.mask.is_meta:
-        return f"its weight is a {type(layer.weight).__name__} on {layer.mask.device}, not a plain parameter"
+    if type(weight) is not nn.Parameter or layer.mask.is_meta:
+        return f"its weight is a {type(weight).__name__} on {layer.mask.device}, not a plain parameter"
+    if conv is not layer and any(vars(conv)[name] for name in vars(conv) if name.endswith("_hooks")):
+        return "the convolution inside has hooks, which would not be called"
     if "forward" in vars(layer):
         return "its forward was replaced on the layer itself"
     takes = [*inspect.signature(layer.forward).parameters.values()]
@@ -190,14 +206,15 @@ def _other_than_ours(layer: nn.Module) -> str | None:
     """What differs when both run on random numbers. It is a copy that runs, so the layer stays as it is."""
     draw = torch.Generator().manual_seed(0)  # its own, so that torch's stays where it is
     twin = _twin(layer, draw)
+    conv = _convolution_of(twin)
     try:
-        ours = _masked_conv(twin, {})
+        kernel = _masked_conv(twin, {}).live_kernel
     except (ValueError, NotImplementedError) as error:
         return str(error).partition(": ")[2]
-    reaches = [k // 2 * step for k, step in zip(layer.kernel_size, layer.dilation, strict=True)]
-    x = _random(draw, 1, layer.in_channels, *(2 * reach + 2 + axis for axis, reach in enumerate(reaches)))
-    # ours first: the other may write into its weights, which ours here shares
-    found = ours.live_kernel.convolve("", x, ours.live_kernel.live(ours.weight), ours.bias, backend="reference")
+    reaches = [k // 2 * step for k, step in zip(conv.kernel_size, conv.dilation, strict=True)]
+    x = _random(draw, 1, conv.in_channels, *(2 * reach + 2 + axis for axis, reach in enumerate(reaches)))
+    # ours first, as the other may write into its weights
+    found = kernel.convolve("", x, kernel.live(conv.weight.detach()), conv.bias, backend="reference").detach()
     for twin.training in (False, True):
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
@@ -211,16 +228,17 @@ def _other_than_ours(layer: nn.Module) -> str | None:
 
 
 def _twin(layer: nn.Module, draw: torch.Generator) -> nn.Module:
-    """A layer like it on the CPU, without hooks, whose parameters are float64 and random.
+    """A layer like it on the CPU whose parameters are float64 and random.
 
     Random, for where a mask hides weights that are zero now nobody could tell whether `forward` hides them.
     """
     twin = object.__new__(type(layer))
     twin.__dict__.update(vars(layer))
     parameters = {n: p if p is None else nn.Parameter(_random(draw, *p.shape)) for n, p in layer._parameters.items()}
-    mask = layer.mask.detach().to("cpu", copy=True)
-    mask = mask.double() if mask.is_floating_point() else mask
-    twin.__dict__.update(_parameters=parameters, _buffers={"mask": mask})
+    buffers = {name: buffer.detach().to("cpu", copy=True) for name, buffer in layer.named_buffers(recurse=False)}
+    buffers = {name: own.double() if own.is_floating_point() else own for name, own in buffers.items()}
+    modules = {name: _twin(child, draw) for name, child in layer.named_children()}
+    twin.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=modules)
     return twin
 
 
@@ -229,7 +247,8 @@ def _random(draw: torch.Generator, *shape: int) -> Tensor:
 
 
 def _masked_conv(layer: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    return (DenseMaskedConv2d if isinstance(layer, nn.Conv2d) else DenseMaskedConv3d).in_place_of(layer)
+    kinds = {nn.Conv2d: DenseMaskedConv2d, nn.Conv3d: DenseMaskedConv3d, nn.Module: DenseMasked}
+    return next(ours for theirs, ours in kinds.items() if isinstance(layer, theirs)).in_place_of(layer)
 
 
 SWAPS = (

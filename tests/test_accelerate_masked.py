@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastvid import accelerate
-from fastvid.nn import DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d
+from fastvid.nn import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d
 
 
 def fill(mask: torch.Tensor, mask_type: str) -> None:
@@ -69,6 +69,21 @@ class OwnFrame(Video):
         self.mask[:] = self.mask[:, :, 1:2]
 
 
+class Inside(nn.Module):
+    """Masks a convolution inside: here one that sees all the rows above."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.conv = nn.Conv2d(*args, **kwargs)
+        mask = torch.ones(self.conv.kernel_size)
+        mask[len(mask) // 2:] = 0
+        self.register_buffer("mask", mask[None, None])
+
+    def forward(self, x):
+        self.conv.weight.data *= self.mask
+        return self.conv(x)
+
+
 class PixelCNN(nn.Module):
     """Masked layers of several makes, one of them used twice, with batch norm and dropout between."""
 
@@ -82,6 +97,7 @@ class PixelCNN(nn.Module):
         self.drop = nn.Dropout(0.1)
         self.video = Video("B", 8, 8, (3, 3, 3), padding=1)
         self.frames = OwnFrame(8, 8, (3, 3, 3), padding=1)
+        self.rows = Inside(8, 8, 3, padding=1)
         self.head = nn.Conv2d(8, 3, 1)
 
     def forward(self, x):
@@ -90,10 +106,11 @@ class PixelCNN(nn.Module):
             h = h + self.drop(layer(torch.relu(h)))
         video = h.unflatten(0, (-1, 2)).movedim(1, 2)  # [B, C, T, H, W]
         video = self.frames(torch.relu(self.video(video)))
-        return self.head(video.movedim(2, 1).flatten(0, 1))
+        h = video.movedim(2, 1).flatten(0, 1)
+        return self.head(h + self.rows(h))
 
 
-NAMES = ["first", "body.0", "body.1", "body.2", "again", "video", "frames"]
+NAMES = ["first", "body.0", "body.1", "body.2", "again", "video", "frames", "rows"]
 
 
 def train(model, optimizer, steps):
@@ -123,6 +140,7 @@ def test_training_goes_on_as_if_nothing_had_happened(before):
     assert report.left == {} and [*report.swapped] == NAMES and report.module is model
     assert report.swapped["first"] == f"{__name__.split('.')[0]} InPlace -> fastvid.nn.DenseMaskedConv2d"
     kinds = {name: type(model.get_submodule(name)) for name in NAMES}
+    assert kinds.pop("rows") is DenseMasked
     assert kinds.pop("video") is kinds.pop("frames") is DenseMaskedConv3d and {*kinds.values()} == {DenseMaskedConv2d}
     assert model.again is model.body[0] and model.first.mask_type == "A"
     now = [*model.parameters(), *model.buffers(), *model.state_dict(keep_vars=True).values()]
@@ -153,8 +171,10 @@ def test_a_second_call_finds_nothing():
     assert again.swapped == {} and again.left == {}
 
 
-def test_ours_are_left_alone():
-    report = accelerate(nn.Sequential(MaskedConv2d("A", 2, 3, 3), nn.Conv2d(3, 3, 1)))
+def test_ours_and_those_without_a_mask_are_not_meant():
+    other = nn.Sequential(nn.Conv2d(3, 3, 3))
+    other.register_buffer("mask", torch.ones(7))  # of something else
+    report = accelerate(nn.Sequential(MaskedConv2d("A", 2, 3, 3), nn.Conv2d(3, 3, 1), other))
     assert report.swapped == {} and report.left == {}
 
 
@@ -212,6 +232,11 @@ def half_mask(layer):
     return layer
 
 
+def hooked(layer):
+    layer.conv.register_forward_hook(lambda *_: None)
+    return layer
+
+
 def patched(layer):
     layer.forward = layer.forward
     return layer
@@ -230,6 +255,8 @@ def patched(layer):
         (lambda: Extra("B", 2, 2, 3), "holds more than weight, bias and mask: gain"),
         (lambda: nn.utils.parametrizations.spectral_norm(Product("B", 2, 2, 3)), "bias and mask: parametrizations"),
         (lambda: patched(Product("B", 2, 2, 3)), "forward was replaced"),
+        (lambda: hooked(Inside(2, 2, 3)), "the convolution inside has hooks"),
+        (lambda: Inside(2, 2, 3, stride=2), r"`stride` is taken only as"),
         (lambda: InPlace("B", 2, 2, 3, stride=2), r"`stride` is taken only as \(1, 1\), got \(2, 2\)"),
         (lambda: InPlace("B", 2, 2, 3, groups=2), "`groups` is taken only as 1, got 2"),
         (lambda: InPlace("B", 2, 2, 3, padding=1, padding_mode="circular"), "`padding_mode` is taken only as zeros"),
@@ -275,6 +302,9 @@ def test_a_layer_by_itself_is_returned():
 
 
 def test_a_swapped_layer_refuses_another_mask():
+    inside = accelerate(Inside(2, 3, 3)).module
+    with pytest.raises(RuntimeError, match="mask is of another layer: this one was made with its own mask"):
+        inside.load_state_dict(inside.state_dict() | {"mask": torch.ones(3, 3)})
     layer = accelerate(InPlace("A", 2, 3, 3)).module
     with pytest.raises(RuntimeError, match="mask is of another layer: this one was made with mask A"):
         layer.load_state_dict(InPlace("B", 2, 3, 3).state_dict())
@@ -293,8 +323,9 @@ def test_outputs_lie_in_memory_as_torch_lays_them():
 
 
 def test_a_swapped_model_compiles_whole():
-    model = nn.Sequential(InPlace("A", 2, 4, 3, padding=1), nn.ReLU(), Product("B", 4, 4, (3, 5), padding="same"))
-    accelerate(model)
+    model = nn.Sequential(InPlace("A", 2, 4, 3, padding=1), nn.ReLU(), Product("B", 4, 4, (3, 5), padding="same"),
+                          Inside(4, 4, 3))  # fmt: skip
+    assert len(accelerate(model).swapped) == 3
     x = torch.randn(2, 2, 6, 5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))

@@ -134,41 +134,51 @@ class MaskedConv3d(_MaskedConv):
     torch_layer, axes = nn.Conv3d, 3
 
 
-class _DenseMaskedConv:
-    """What stands for somebody's masked nn.Conv2d or nn.Conv3d: its parameters and its mask, the very same tensors."""
+class _DenseMasked:
+    """What stands for somebody's masked convolution: its parameters and its mask, the very same tensors."""
 
-    @classmethod
-    def in_place_of(cls, layer: nn.Module) -> Self:
-        """A layer that holds the parameters, the `mask` buffer and the plain attributes of another.
+    def adopt(self, layer: nn.Module, conv: nn.Module) -> Self:
+        """Take over the `mask` of a layer and its plain attributes. conv: what it convolves with, itself or a child.
 
-        Raises: ValueError, NotImplementedError: as MaskedConv2d for the layer's words and its mask.
+        Raises: ValueError, NotImplementedError: as MaskedConv2d for the convolution's words and the mask.
         """
-        channels = (layer.out_channels, layer.in_channels)
-        kernel = LiveKernel.of(
-            cls.__name__, len(layer.kernel_size), layer.mask, channels, layer.kernel_size, layer.stride, layer.padding,
-            layer.dilation, layer.groups, layer.padding_mode,
+        self.live_kernel = LiveKernel.of(
+            self._get_name(), len(conv.kernel_size), layer.mask, (conv.out_channels, conv.in_channels),
+            conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode,
         )  # fmt: skip
-        made = cls(
-            layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, dilation=layer.dilation,
-            bias=False, device="meta",
-        )  # fmt: skip
-        made.live_kernel = kernel
-        made.weight = layer.weight
-        made.register_parameter("bias", layer.bias)
-        made.register_buffer("mask", layer.mask, persistent="mask" not in layer._non_persistent_buffers_set)
-        made.__dict__.update((name, value) for name, value in vars(layer).items() if name not in vars(made))
-        return made
+        self.register_buffer("mask", layer.mask, persistent="mask" not in layer._non_persistent_buffers_set)
+        self.__dict__.update((name, value) for name, value in vars(layer).items() if name not in vars(self))
+        return self
+
+    def convolution(self) -> nn.Module:
+        """What holds the weight and the bias."""
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer it stands for, memory format included: channels last where input or weight are."""
-        weight = self.live_kernel.live(self.weight)  # [taps, Cin, Cout]
-        out = self.live_kernel.convolve(self._get_name(), input, weight, self.bias)
+        conv = self.convolution()
+        weight = self.live_kernel.live(conv.weight)  # [taps, Cin, Cout]
+        out = self.live_kernel.convolve(self._get_name(), input, weight, conv.bias)
         # code around the layer may call .view(), and dropout draws in the order of memory
-        return out if _channels_last(input) or _channels_last(self.weight) else out.contiguous()
+        return out if _channels_last(input) or _channels_last(conv.weight) else out.contiguous()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        errors += _other_mask(state_dict.get(f"{prefix}mask"), self.live_kernel, self.weight.shape, prefix)
+        shape = self.convolution().weight.shape
+        errors += _other_mask(state_dict.get(f"{prefix}mask"), self.live_kernel, shape, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class _DenseMaskedConv(_DenseMasked):
+    @classmethod
+    def in_place_of(cls, layer: nn.Module) -> Self:
+        """A layer that holds the parameters and the mask of another; errors as in `adopt`."""
+        made = cls(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            bias=False, device="meta",
+        )  # fmt: skip
+        made.weight = layer.weight
+        made.register_parameter("bias", layer.bias)
+        return made.adopt(layer, layer)
 
 
 class DenseMaskedConv2d(_DenseMaskedConv, nn.Conv2d):
@@ -177,6 +187,22 @@ class DenseMaskedConv2d(_DenseMaskedConv, nn.Conv2d):
 
 class DenseMaskedConv3d(_DenseMaskedConv, nn.Conv3d):
     """What `fastvid.accelerate` puts in place of a masked nn.Conv3d: dense `weight` and `mask`, live taps computed."""
+
+
+class DenseMasked(_DenseMasked, nn.Module):
+    """What `fastvid.accelerate` puts in place of a module that masks the one convolution inside it."""
+
+    @classmethod
+    def in_place_of(cls, layer: nn.Module) -> Self:
+        """A layer that holds the convolution, under its name, and the mask of another; errors as in `adopt`."""
+        made = cls()
+        ((made.convolution_name, conv),) = layer.named_children()
+        made.add_module(made.convolution_name, conv)
+        return made.adopt(layer, conv)
+
+    def convolution(self) -> nn.Module:
+        """What holds the weight and the bias."""
+        return getattr(self, self.convolution_name)
 
 
 def _channels_last(x: Tensor) -> bool:
