@@ -43,7 +43,8 @@ def accelerate(module: nn.Module) -> Report:
     module:  any model, on any device, in training or not. Parameters and buffers remain the same tensors under the same
              names, so optimizers and state dicts stay valid (only a codebook in half precision becomes float32); hooks
              and training flags are kept. What holds a layer in ways that modules do not know of, such as a plain list
-             or a captured graph, still holds the old one.
+             or a captured graph, still holds the old one. Weights that a convolution's mask hides are no longer
+             computed with, nor overwritten by zeros, and their gradient is zero.
     Returns: Report, with the model as `module`: where `module` itself is such a layer, the caller must use that one.
              A layer with an option that ours does not take stays, with the reason.
     Raises:  TypeError for what is no module.
