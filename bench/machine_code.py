@@ -15,7 +15,9 @@ triton keeps. A reading is a plain dict, as it stands in the report `kernels/<ro
     stack, spill_stores, spill_loads    bytes of local (AMD: scratch) memory per thread; left out where zero
 """
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -97,17 +99,13 @@ def _amd_waves(registers: int) -> int:
 def read_nvidia(
     chip: Chip, cubin: bytes, ptx: str, name: str, shared: int, tensor_columns: int, tools: Path
 ) -> Reading:
-    """Reading of one cubin.
+    """Reading of one cubin, its instructions apart: those of many cubins are read at once, by `disassemble`.
 
     ptx: tells the threads per block, which warp specialisation raises above those that were asked for.
     shared: bytes of dynamic shared memory at launch. tools: the folder of cuobjdump and nvdisasm.
-    Raises: ValueError where the tools print something that is not understood.
+    Raises: ValueError where cuobjdump prints something that is not understood.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _told(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _told(tools / "nvdisasm", "-c", file.name)
+    usage = _told(tools / "cuobjdump", "--dump-resource-usage", cubin)
     found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     threads = re.search(r"\.reqntid (\d+)", ptx)
     if not found or not threads:
@@ -117,16 +115,51 @@ def read_nvidia(
     shared += max(0, fixed - RESERVED) if chip.arch >= 90 else fixed
     blocks = resident_blocks(chip, int(threads[1]), registers, shared, tensor_columns)
     reading = {"registers": registers, "shared": shared, "blocks": blocks, "warps": blocks * int(threads[1]) // 32}
-    return reading | read_sass(code) | _present(stack=stack + local)
+    return reading | _present(stack=stack + local)
 
 
-def _told(tool: Path, *arguments: str) -> str:
-    told = subprocess.run([tool, *arguments], capture_output=True, text=True)
+def disassemble(cubins: list[bytes], arch: str, tools: Path) -> list[str]:
+    """The disassembly of each cubin's code, by one call for all: nvdisasm takes longer to start than to read them.
+
+    arch: of all of them, as their PTX has it ("sm_90a").
+    Raises: ValueError where nvdisasm does not print each instruction on a line of its own.
+    """
+    codes = [machine_code_of(cubin) for cubin in cubins]
+    told = _told(tools / "nvdisasm", "--binary", arch.replace("sm_", "SM"), b"".join(codes))
+    lines = iter(INSTRUCTION.findall(told))
+    listings = ["\n".join(itertools.islice(lines, len(code) // INSTRUCTION_BYTES)) for code in codes]
+    if len(INSTRUCTION.findall(told)) * INSTRUCTION_BYTES != sum(map(len, codes)):
+        raise ValueError(f"{sum(map(len, codes))} bytes of code are not {len(INSTRUCTION.findall(told))} instructions")
+    return listings
+
+
+def machine_code_of(cubin: bytes) -> bytes:
+    """The instructions of a cubin, which is a little-endian 64-bit ELF file.
+
+    Raises: ValueError where it is not.
+    """
+    if cubin[:6] != b"\x7fELF\x02\x01":
+        raise ValueError(f"a cubin is a little-endian 64-bit ELF file, this starts with {cubin[:6]!r}")
+    start, size, count = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A)
+    sections = [struct.unpack_from("<4xIQ8xQQ", cubin, start + i * size) for i in range(count)]
+    return b"".join(cubin[at : at + length] for kind, flags, at, length in sections
+                    if kind == ELF_CONTENTS and flags & ELF_EXECUTABLE)  # fmt: skip
+
+
+def _told(tool: Path, option: str, *given: str | bytes) -> str:
+    """What a tool prints of the bytes that are given last."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(given[-1])
+        file.flush()
+        told = subprocess.run([tool, option, *given[:-1], file.name], capture_output=True, text=True)
     if told.returncode:
         raise ValueError(f"{tool.name} exit code {told.returncode}: {told.stderr.strip()[:200]}")
     return told.stdout
 
 
+# sh_type and sh_flags of sections that hold instructions, and the size of one from compute capability 7.0 on
+ELF_CONTENTS, ELF_EXECUTABLE, INSTRUCTION_BYTES = 1, 4, 16
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/.*$", re.MULTILINE)
 SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
 AMDGCN = re.compile(r"^\t([a-z]\w+)", re.MULTILINE)
 

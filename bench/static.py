@@ -23,12 +23,12 @@ import multiprocessing
 import os
 import re
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from machine_code import CHIPS, Chip, Reading, read_amd, read_nvidia
+from machine_code import CHIPS, Chip, Reading, disassemble, read_amd, read_nvidia, read_sass
 
 ROOT = Path(__file__).resolve().parents[1]
 MORE_REGISTERS, LESS_WIDE = 1.10, 1.0  # a factor; percent points
@@ -36,6 +36,15 @@ SOURCE, REPORT = "triton_gpu.py", "static.json"
 
 Readings = dict[str, dict[str, Reading]]  # variant -> chip -> reading
 Spec = dict[str, Any]  # what a variant asks for: name, matrix, precision, targets
+
+
+class Compiled(NamedTuple):
+    """A kernel's reading; on NVIDIA without its instructions, as long as its code awaits the disassembler."""
+
+    reading: Reading
+    cubin: bytes = b""
+    arch: str = ""
+    tools: Path = Path()
 
 
 class StaticError(Exception):
@@ -122,34 +131,65 @@ def measure(
     Raises: StaticError where a source cannot be imported or its variants contradict each other.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         try:
             version = pool.submit(_version).result()
             specs = {room: pool.submit(_specs, path).result() for room, path in rooms.items()}
         except Exception as error:
             raise StaticError(f"{error!r} while reading the variants") from error
-    wanted = [(room, spec["name"], target) for room in rooms for spec in specs[room] for target in targets
-              if target in (spec["targets"] or CHIPS)]  # fmt: skip
-    # products without tensor cores are unrolled and take the compiler longest
-    wanted.sort(key=lambda job: next(spec["matrix"] for spec in specs[job[0]] if spec["name"] == job[1]))
-    readings: dict[str, Readings] = {room: {spec["name"]: {} for spec in specs[room]} for room in rooms}
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {job: pool.submit(_read, rooms[job[0]], *job[1:]) for job in wanted}
+        wanted = [(room, spec["name"], target) for room in rooms for spec in specs[room] for target in targets
+                  if target in (spec["targets"] or CHIPS)]  # fmt: skip
+        # products without tensor cores are unrolled and take the compiler longest
+        wanted.sort(key=lambda job: next(spec["matrix"] for spec in specs[job[0]] if spec["name"] == job[1]))
+        futures = {job: _submitted(pool, rooms[job[0]], *job[1:]) for job in wanted}
         results = {job: _result(future) for job, future in futures.items()}
-    for job, reading in results.items():
-        if reading is None:  # a compiler died; alone, each job shows whether it was the one
+    for job, result in results.items():
+        if result is None:  # a compiler died; alone, each job shows whether it was the one
             with ProcessPoolExecutor(1, mp_context=context) as pool:
-                alone = _result(pool.submit(_read, rooms[job[0]], *job[1:]))
-            reading = alone or {"error": "the compiler crashed"}
-        readings[job[0]][job[1]][job[2]] = reading
+                alone = _result(pool.submit(_compiled, rooms[job[0]], *job[1:]))
+            results[job] = alone or Compiled({"error": "the compiler crashed"})
+    read_codes(list(results.values()), jobs)
+    readings: dict[str, Readings] = {room: {spec["name"]: {} for spec in specs[room]} for room in rooms}
+    for (room, name, target), result in results.items():
+        readings[room][name][target] = result.reading
     return version, specs, readings
 
 
-def _result(future: Future) -> Reading | None:
+def _submitted(pool: ProcessPoolExecutor, *job: Any) -> Future | None:
     try:
-        return future.result()
+        return pool.submit(_compiled, *job)
     except BrokenProcessPool:
         return None
+
+
+def _result(future: Future | None) -> Compiled | None:
+    try:
+        return future.result() if future else None
+    except BrokenProcessPool:
+        return None
+
+
+def read_codes(compiled: list[Compiled], jobs: int) -> None:
+    """Completes the readings of NVIDIA's code, all of one architecture by one process."""
+    batches: dict[tuple[str, Path], list[Compiled]] = {}
+    for one in compiled:
+        if one.cubin:
+            batches.setdefault((one.arch, one.tools), []).append(one)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda of: _read_batch(batches[of], *of), batches))
+
+
+def _read_batch(batch: list[Compiled], arch: str, tools: Path) -> None:
+    try:
+        for one, listing in zip(batch, disassemble([one.cubin for one in batch], arch, tools), strict=True):
+            one.reading.update(read_sass(listing))
+    except ValueError as error:
+        if len(batch) == 1:
+            batch[0].reading.clear()
+            batch[0].reading["error"] = _one_line(error)
+            return
+        for one in batch:  # alone, each shows whether it was the one
+            _read_batch([one], arch, tools)
 
 
 def _version() -> str:
@@ -181,8 +221,8 @@ def _specs(source: Path) -> list[Spec]:
     return specs
 
 
-def _read(source: Path, name: str, target: str) -> Reading:
-    """Compiles one variant for one chip and reads the result; runs in a process of its own."""
+def _compiled(source: Path, name: str, target: str) -> Compiled:
+    """Compiles one variant for one chip and reads what needs no disassembly; runs in a process of its own."""
     from triton import compile, knobs
 
     variant, chip = _variants(source)[name], CHIPS[target]
@@ -191,13 +231,19 @@ def _read(source: Path, name: str, target: str) -> Reading:
             compiled = compile(*_compiler_input(variant, chip))
         told = compiled.metadata
         if chip.backend == "hip":
-            return read_amd(chip, compiled.asm["amdgcn"], told.shared)
+            return Compiled(read_amd(chip, compiled.asm["amdgcn"], told.shared))
         tools = Path(knobs.nvidia.nvdisasm.path).parent
         columns = getattr(told, "tmem_size", 0) or 0
-        return read_nvidia(chip, compiled.asm["cubin"], compiled.asm["ptx"], told.name, told.shared, columns, tools)
+        cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+        reading = read_nvidia(chip, cubin, ptx, told.name, told.shared, columns, tools)
+        return Compiled(reading, cubin, re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1], tools)
     except Exception as error:  # whatever it is belongs to this variant on this chip: the others go on
-        lines = str(error).strip().splitlines() or ["no message"]
-        return {"error": f"{type(error).__name__}: {lines[-1].strip()[:200]}"}
+        return Compiled({"error": _one_line(error)})
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}"
 
 
 def _compiler_input(variant: Any, chip: Chip) -> tuple[Any, Any, dict[str, int]]:

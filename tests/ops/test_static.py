@@ -187,11 +187,38 @@ def test_spilled_bytes_are_those_that_the_assembler_tells(toys, tmp_path):
         stack, stores, loads = map(
             int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told).groups()
         )
-        again, chip = (tmp_path / "again").read_bytes(), CHIPS[arch.rstrip("a")]
-        reading = machine_code.read_nvidia(chip, again, ptx, cubin.stem, 0, 0, nvidia_folder("bin"))
-        assert (reading["stack"], reading["spill_stores"], reading["spill_loads"]) == (stack, stores, loads)
+        again, chip, tools = (tmp_path / "again").read_bytes(), CHIPS[arch.rstrip("a")], nvidia_folder("bin")
+        assert machine_code.read_nvidia(chip, again, ptx, cubin.stem, 0, 0, tools)["stack"] == stack
+        spilled = machine_code.read_sass(machine_code.disassemble([again], arch, tools)[0])
+        assert (spilled["spill_stores"], spilled["spill_loads"]) == (stores, loads)
         seen += 1
     assert seen >= 1
+
+
+@needs_triton
+def test_code_of_many_cubins_is_read_as_the_disassembler_reads_each(toys):
+    cubins = sorted((toys[0] / "cache").glob("*/*.cubin"))
+    arches = {cubin: re.search(r"^\.target (\w+)", cubin.with_suffix(".ptx").read_text(), re.MULTILINE)[1]
+              for cubin in cubins}  # fmt: skip
+    for arch in sorted(set(arches.values())):
+        mine = [cubin for cubin in cubins if arches[cubin] == arch]
+        listings = machine_code.disassemble([cubin.read_bytes() for cubin in mine], arch, nvidia_folder("bin"))
+        assert len(listings) == len(mine) > 1
+        told = subprocess.run([nvidia_folder("bin") / "nvdisasm", "-c", mine[-1]], capture_output=True, text=True)
+        assert machine_code.read_sass(listings[-1]) == machine_code.read_sass(told.stdout)
+
+
+@needs_triton
+def test_code_that_the_disassembler_refuses_takes_only_its_own_kernel_along(toys):
+    good = next((toys[0] / "cache").glob("*/_copy*.cubin"))
+    arch = re.search(r"^\.target (\w+)", good.with_suffix(".ptx").read_text(), re.MULTILINE)[1]
+    code = machine_code.machine_code_of(good.read_bytes())
+    broken = good.read_bytes().replace(code, b"\xff" * len(code))
+    batch = [static.Compiled({"registers": 8}, cubin, arch, nvidia_folder("bin"))
+             for cubin in (good.read_bytes(), broken, b"text")]  # fmt: skip
+    static.read_codes(batch, jobs=1)
+    assert batch[0].reading["loads"] == {"128": 2} and batch[0].reading["registers"] == 8
+    assert "Unrecognized operation" in batch[1].reading["error"] and "ELF" in batch[2].reading["error"]
 
 
 @needs_triton
@@ -320,81 +347,3 @@ def test_the_report_names_exactly_what_is_there():
 def test_a_kernel_that_cannot_start_falls():
     reading = READING | {"blocks": 0, "registers": 255}
     assert "cannot start: 255 registers" in static.absolute_falls(SPEC, {"sm_80": reading})[0]
-
-
-# ---- the command line
-
-
-def toy_room(folder: Path, text: str) -> list[str]:
-    (folder / "toy").mkdir()
-    (folder / "toy" / "triton_gpu.py").write_text(text, encoding="utf-8")
-    return ["--kernels", str(folder)]
-
-
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--write", "--target", "sm_90"], "leave --target out"),
-        (["--room", "nonsense"], "no triton_gpu.py in nonsense"),
-        (["--kernels", str(ROOT / "fastvid")], "no triton_gpu.py in"),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_line_is_one_line(arguments, told, capsys):
-    assert static.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
-
-
-def test_the_interpreter_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert static.main(toy_room(tmp_path, "")) == 2
-    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    "text, told",
-    [
-        ("import nonsense", "No module named 'nonsense'"), ("variants = list", "must name each variant once, got []"),
-        ("def variants(): return [V] * 2", "got ['a', 'a']"), ("def variants(): return [V._replace(targets=('sm_1',))]",
-                                                               "names targets ['sm_1']"),
-    ],
-)  # fmt: skip
-def test_a_source_that_contradicts_itself_is_one_line(text, told, tmp_path):
-    head = "from fastvid.kernels.common.variant import Variant\nV = Variant(None, 'a', {}, {}, 4, 1, False, None)\n"
-    ran = run_static(*toy_room(tmp_path, head + text))
-    assert ran.returncode == 2 and told in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
-
-
-CRASH = """
-import os
-
-from fastvid.kernels.common.variant import Variant
-
-
-class Kernel:
-    def __init__(self, fatal):
-        self.fatal = fatal
-
-    @property
-    def arg_names(self):
-        return os._exit(9) if self.fatal else ["x_ptr"]
-
-
-def variants():
-    return [Variant(Kernel(fatal), str(fatal), {}, {}, 4, 1, False, None, ("sm_80",)) for fatal in (False, True)]
-"""
-
-
-@needs_triton
-def test_a_compiler_that_dies_takes_only_its_own_kernel_along(tmp_path):
-    told = run_static(*toy_room(tmp_path, CRASH), "--jobs", "1")
-    assert told.returncode == 1, told.stderr
-    assert "toy: True sm_80: the compiler crashed" in told.stdout
-    assert "toy: False sm_80: ValueError: the signature names []" in told.stdout
-
-
-def test_a_file_that_is_no_report_is_one_line(tmp_path):
-    (tmp_path / "static.json").write_text('{"triton": "3.7.1"}', encoding="utf-8")
-    with pytest.raises(static.StaticError, match="is not a report"):
-        static.read_report(tmp_path / "static.json")
