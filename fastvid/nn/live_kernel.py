@@ -17,7 +17,7 @@ MASK_TYPES = ("A", "B")
 
 @dataclass(frozen=True)
 class LiveKernel:
-    """The live taps of a kernel over `axes` axes, and the grid that a padded convolution with it puts out.
+    """The live taps of a kernel over two or three axes, and the grid that a padded convolution with it puts out.
 
     places:  of the live taps in the kernel's raster order. taps: the neighbours they read.
     origin:  where in the input the first output lies. shrinks: by how much the output is smaller, per axis.
@@ -64,7 +64,7 @@ class LiveKernel:
         _, kh, kw = kernel
         spots = [(place // (kh * kw), place // kw % kh, place % kw) for place in places]
         # offsets count from the middle; in time from the last live frame if that is later, as the op knows no later one
-        middle = (max(kernel[0] // 2, *(spot[0] for spot in spots)), kh // 2, kw // 2)
+        middle = (max([kernel[0] // 2, *(spot[0] for spot in spots)]), kh // 2, kw // 2)
         taps = tuple(tuple((spot[i] - middle[i]) * d[i] for i in range(3)) for spot in spots)
         origin = tuple(middle[i] * d[i] - left[i] for i in range(3))
         shrinks = tuple((kernel[i] - 1) * d[i] - left[i] - right[i] for i in range(3))
@@ -72,7 +72,7 @@ class LiveKernel:
 
     @property
     def mask_type(self) -> str:
-        """"A", "B", or "own" for every other mask."""
+        """Mask "A", mask "B", or "own" for every other one."""
         return next((name for name in MASK_TYPES if self.places == raster_places(self.extent, name)), "own")
 
     def live(self, dense: Tensor) -> Tensor:
@@ -89,12 +89,6 @@ class LiveKernel:
         zero = weight.new_zeros(weight.shape[1:])
         slices = [alive.get(place, zero) for place in range(math.prod(self.extent))]
         return torch.stack(slices, dim=2).transpose(0, 1).unflatten(2, self.extent).contiguous()
-
-    def mask(self, device: torch.device | None = None) -> Tensor:
-        """True where a tap is live, [*kernel]."""
-        flat = torch.zeros(math.prod(self.extent), dtype=torch.bool)
-        flat[list(self.places)] = True
-        return flat.view(self.extent).to(device)
 
     def convolve(
         self, who: str, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None
@@ -113,9 +107,7 @@ class LiveKernel:
                 f"{who}: the padded input is smaller than the kernel {self.extent} with its dilation: "
                 f"{list(x.shape[-axes:])} gives an output of {size[-axes:]}."
             )
-        out = ops.causal_conv(
-            batch, weight, bias, self.taps, origin=self.origin, size=size, backend=backend
-        )  # [B, T, H, W, Cout]
+        out = ops.causal_conv(batch, weight, bias, self.taps, origin=self.origin, size=size, backend=backend)
         out = (out if axes == 3 else out[:, 0]).movedim(-1, 1)
         return out if x.ndim == axes + 2 else out[0]
 

@@ -5,7 +5,6 @@ fastvid.ops.gated_causal_conv. Inputs are read where they lie; outputs are chann
 """
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ class _MaskedConv(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, layer: nn.Module, mask: Tensor | None = None) -> Self:
+    def from_dense(cls, layer: nn.Module, mask: Tensor | None = None) -> "_MaskedConv":
         """The layer that does what a dense one with a mask does, holding a copy of its live weights.
 
         layer:   torch's layer or a subclass. Its dead weights count for nothing, whatever they are.
@@ -137,7 +136,7 @@ class MaskedConv3d(_MaskedConv):
 class _DenseMasked:
     """What stands for somebody's masked convolution: its parameters and its mask, the very same tensors."""
 
-    def adopt(self, layer: nn.Module, conv: nn.Module) -> Self:
+    def adopt(self, layer: nn.Module, conv: nn.Module) -> "_DenseMasked":
         """Take over the `mask` of a layer and its plain attributes. conv: what it convolves with, itself or a child.
 
         Raises: ValueError, NotImplementedError: as MaskedConv2d for the convolution's words and the mask.
@@ -170,7 +169,7 @@ class _DenseMasked:
 
 class _DenseMaskedConv(_DenseMasked):
     @classmethod
-    def in_place_of(cls, layer: nn.Module) -> Self:
+    def in_place_of(cls, layer: nn.Module) -> "_DenseMasked":
         """A layer that holds the parameters and the mask of another; errors as in `adopt`."""
         made = cls(
             layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
@@ -193,7 +192,7 @@ class DenseMasked(_DenseMasked, nn.Module):
     """What `fastvid.accelerate` puts in place of a module that masks the one convolution inside it."""
 
     @classmethod
-    def in_place_of(cls, layer: nn.Module) -> Self:
+    def in_place_of(cls, layer: nn.Module) -> "_DenseMasked":
         """A layer that holds the convolution, under its name, and the mask of another; errors as in `adopt`."""
         made = cls()
         ((made.convolution_name, conv),) = layer.named_children()

@@ -21,6 +21,7 @@ def test_raster_taps():
     assert raster_taps((1, 3, 3), "A") == raster_taps((1, 3, 3))[:-1]
     assert raster_taps((2, 1, 2), dilation=(3, 1, 2)) == ((-3, 0, -2), (-3, 0, 0), (0, 0, -2), (0, 0, 0))
     assert len(raster_taps((3, 3, 3), "A")) == 13 and len(raster_taps((7, 7, 7))) == 172
+    assert raster_taps((1, 1, 1)) == ((0, 0, 0),) and raster_taps((1, 1, 1), "A") == ()
     with pytest.raises(ValueError, match="'A' or 'B', got 'a'"):
         raster_taps((3, 3, 3), "a")
 
