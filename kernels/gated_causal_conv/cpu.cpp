@@ -4,6 +4,7 @@
 
 #include "common/pages.h"
 #include "common/pool.h"
+#include "gated_causal_conv/cpu_finish.h"
 #include "gated_causal_conv/cpu_pack.h"
 #include "gated_causal_conv/cpu_plan.h"
 #include "gated_causal_conv/cpu_tile.h"
@@ -15,18 +16,18 @@ namespace {
 struct Scratch {
     const float** rows;  // [taps][block] rows of x, or of zeros
     uint8_t* live;       // [tiles of a block][taps]: whether a tap reads anything
-    float* sums;         // [block][PANEL]
+    float* sums;         // [together][block][PANEL]
     Place* places;       // [block]
-    float* packed;       // one group of one panel, unless all are packed ahead
+    float* packed;       // [together][rows of a group][PANEL], unless all are packed ahead
     int64_t block = -1;  // whose rows these are
 
     void cut(Cutter& cutter, const Plan& plan) {
-        const int64_t taps = plan.call.taps, group = plan.parts_of_tap > 1 ? MOST_GROUP : plan.taps_of_group * plan.call.Cin;
+        const int64_t taps = plan.call.taps;
         rows = cutter.cut<const float*>(taps * plan.block);
         live = cutter.cut<uint8_t>(taps * (plan.block / TILE_ROWS));
-        sums = cutter.cut<float>(plan.block * PANEL);
+        sums = cutter.cut<float>(plan.together * plan.block * PANEL);
         places = cutter.cut<Place>(plan.block);
-        packed = cutter.cut<float>(plan.ahead ? 0 : group * PANEL);
+        packed = cutter.cut<float>(plan.ahead ? 0 : plan.together * plan.group_rows() * PANEL);
     }
 };
 
@@ -34,70 +35,74 @@ int64_t place_in(const View& view, int64_t b, int64_t t, int64_t y, int64_t x) {
     return b * view.strides[0] + t * view.strides[1] + y * view.strides[2] + x * view.strides[3];
 }
 
-// Where position n reads and writes; `slot` is its number in the block.
-void find_position(const Plan& plan, Scratch& scratch, int64_t n, int64_t slot) {
+// The rows that tap i reads from `run` positions on, which are neighbours along x, the first at (b, t, y, x).
+void find_rows(const Plan& plan, Scratch& scratch, int64_t i, int64_t b, int64_t t, int64_t y, int64_t x, int64_t slot,
+               int64_t run) {
     const ConvCall& call = plan.call;
-    const int64_t x = n % call.size[2], y = n / call.size[2] % call.size[1];
-    const int64_t frame = n / call.size[2] / call.size[1], b = frame % call.B, t = frame / call.B;
-    scratch.places[slot] = {place_in(call.out, b, t, y, x), place_in(call.pre, b, t, y, x),
-                            place_in(call.addend, b, t, y, x), place_in(call.residual, b, t, y, x)};
-    uint8_t* live = scratch.live + slot / TILE_ROWS * call.taps;
-    for (int64_t i = 0; i < call.taps; ++i) {
-        const int32_t* offset = call.offsets + 3 * i;
-        const int64_t at[] = {call.origin[0] + t + offset[0], call.origin[1] + y + offset[1],
-                              call.origin[2] + x + offset[2]};
-        bool inside = true;
-        for (int axis = 0; axis < 3; ++axis) inside &= (uint64_t)at[axis] < (uint64_t)call.in[axis];
-        const int64_t row = b * plan.x_strides[0] + at[0] * plan.x_strides[1] + at[1] * plan.x_strides[2] +
-                            at[2] * plan.x_strides[3];
-        scratch.rows[i * plan.block + slot] = inside ? plan.rows + plan.x_start + row : plan.zeros;
-        live[i] |= inside;
-    }
+    const int32_t* offset = call.offsets + 3 * i;
+    const float** rows = scratch.rows + i * plan.block + slot;
+    t += call.origin[0] + offset[0];
+    y += call.origin[1] + offset[1];
+    x += call.origin[2] + offset[2];
+    const bool inside = t >= 0 && t < call.in[0] && y >= 0 && y < call.in[1];
+    const int64_t begin = inside ? at_most(at_least(-x, 0), run) : run;
+    const int64_t end = inside ? at_least(at_most(call.in[2] - x, run), begin) : run;
+    for (int64_t p = 0; p < begin; ++p) rows[p] = plan.zeros;
+    for (int64_t p = end; p < run; ++p) rows[p] = plan.zeros;
+    if (begin == end) return;
+    const int64_t* strides = plan.x_strides;
+    const int64_t start = plan.x_start + b * strides[0] + t * strides[1] + y * strides[2] + x * strides[3];
+    for (int64_t p = begin; p < end; ++p) rows[p] = plan.rows + start + p * strides[3];
+    for (int64_t tile = (slot + begin) / TILE_ROWS; tile <= (slot + end - 1) / TILE_ROWS; ++tile)
+        scratch.live[tile * call.taps + i] = 1;
 }
 
+// Where the positions of a block read and write.
 void find_block(const Plan& plan, Scratch& scratch, int64_t block, int64_t count) {
     if (scratch.block == block) return;
     scratch.block = block;
-    __builtin_memset(scratch.live, 0, (size_t)(plan.call.taps * (plan.block / TILE_ROWS)));
-    for (int64_t slot = 0; slot < count; ++slot) find_position(plan, scratch, block * plan.block + slot, slot);
-}
-
-// Whether a panel of the weights can be read where it lies.
-bool readable(const Plan& plan, int64_t panel) {
-    const Matrices& weight = plan.call.weight;
-    return plan.N <= MOST_UNPACKED && weight.type == FLOAT32 && weight.strides[2] == 1 &&
-           column_of(plan, panel, LANES - 1) >= 0 && column_of(plan, panel, PANEL - 1) >= 0;
-}
-
-Weights weights_of(const Plan& plan, Scratch& scratch, int64_t panel, const Group& group) {
     const ConvCall& call = plan.call;
-    const int64_t whole = call.Cin * PANEL, width = group.end - group.begin;
-    if (plan.ahead)
-        return {plan.packed + (panel * call.taps + group.first) * whole + group.begin * PANEL, LANES, PANEL, whole};
-    if (readable(plan, panel)) {
-        const int64_t* strides = call.weight.strides;
-        const int64_t first = column_of(plan, panel, 0);
-        return {(const float*)call.weight.data + group.first * strides[0] + group.begin * strides[1] + first,
-                column_of(plan, panel, LANES) - first, strides[1], strides[0]};
+    __builtin_memset(scratch.live, 0, (size_t)(call.taps * (plan.block / TILE_ROWS)));
+    for (int64_t slot = 0, run; slot < count; slot += run) {
+        const int64_t n = block * plan.block + slot, x = n % call.size[2], line = n / call.size[2];
+        const int64_t y = line % call.size[1], frame = line / call.size[1], b = frame % call.B, t = frame / call.B;
+        run = at_most(call.size[2] - x, count - slot);
+        for (int64_t p = 0; p < run; ++p)
+            scratch.places[slot + p] = {place_in(call.out, b, t, y, x + p), place_in(call.pre, b, t, y, x + p),
+                                        place_in(call.addend, b, t, y, x + p), place_in(call.residual, b, t, y, x + p)};
+        for (int64_t i = 0; i < call.taps; ++i) find_rows(plan, scratch, i, b, t, y, x, slot, run);
     }
-    for (int64_t tap = group.first; tap < group.last; ++tap)
-        pack_rows(plan, panel, tap, group.begin, group.end, scratch.packed + (tap - group.first) * width * PANEL);
-    return {scratch.packed, LANES, PANEL, width * PANEL};
 }
 
-void multiply_panel(const Plan& plan, Scratch& scratch, int64_t panel, int64_t count) {
-    const int64_t taps = plan.call.taps;
-    __builtin_memset(scratch.sums, 0, (size_t)(count * PANEL) * sizeof(float));
+// The block's sums of one panel and group; weights: [taps][tap_stride].
+void add_group(const Plan& plan, const Scratch& scratch, const Group& group, const float* weights, int64_t tap_stride,
+               int64_t count, float* sums) {
+    const float* const* rows = scratch.rows + group.first * plan.block;
+    const uint8_t* live = scratch.live + group.first;
+    for (int64_t slot = 0; slot < count; slot += TILE_ROWS)
+        add_rows<TILE_ROWS>(at_most(count - slot, TILE_ROWS), rows + slot, plan.block,
+                            live + slot / TILE_ROWS * plan.call.taps, group, weights, tap_stride, sums + slot * PANEL);
+}
+
+// Panels [first, last) of a block of `count` positions, `together` at most.
+void multiply_panels(const Plan& plan, Scratch& scratch, int64_t first, int64_t last, int64_t count) {
+    const int64_t Cin = plan.call.Cin, panel_sums = plan.block * PANEL;
+    __builtin_memset(scratch.sums, 0, (size_t)((last - first) * panel_sums) * sizeof(float));
     for (int64_t g = 0; g < plan.groups; ++g) {
         const Group group = plan.group(g);
-        const Weights weights = weights_of(plan, scratch, panel, group);
-        for (int64_t slot = 0; slot < count; slot += TILE_ROWS)
-            add_rows<TILE_ROWS>(at_most(count - slot, TILE_ROWS), scratch.rows + group.first * plan.block + slot,
-                                plan.block, scratch.live + slot / TILE_ROWS * taps + group.first, group, weights,
-                                scratch.sums + slot * PANEL);
+        const int64_t width = group.end - group.begin, here = plan.group_rows() * PANEL;
+        for (int64_t tap = group.first; tap < group.last && !plan.ahead; ++tap)
+            pack_rows(plan, first, last, tap, group.begin, group.end,
+                      scratch.packed + (tap - group.first) * width * PANEL, here);
+        for (int64_t panel = first; panel < last; ++panel) {
+            const float* ahead = plan.packed + ((panel * plan.call.taps + group.first) * Cin + group.begin) * PANEL;
+            const float* weights = plan.ahead ? ahead : scratch.packed + (panel - first) * here;
+            add_group(plan, scratch, group, weights, (plan.ahead ? Cin : width) * PANEL, count,
+                      scratch.sums + (panel - first) * panel_sums);
+        }
     }
-    for (int64_t slot = 0; slot < count; ++slot)
-        finish(plan, panel, scratch.places[slot], scratch.sums + slot * PANEL);
+    for (int64_t panel = first; panel < last; ++panel)
+        finish_panel(plan, panel, scratch.places, scratch.sums + (panel - first) * panel_sums, count);
 }
 
 void multiply_pieces(void* context) {
@@ -119,19 +124,22 @@ void multiply_pieces(void* context) {
         find_block(plan, scratch, block, count);
         const int64_t first = part * plan.panels / plan.pieces_of_block;
         const int64_t last = (part + 1) * plan.panels / plan.pieces_of_block;
-        for (int64_t panel = first; panel < last; ++panel) multiply_panel(plan, scratch, panel, count);
+        for (int64_t panel = first; panel < last; panel += plan.together)
+            multiply_panels(plan, scratch, panel, at_most(panel + plan.together, last), count);
     }
 }
 
 void prepare(void* context) {
     Plan& plan = *(Plan*)context;
-    const int64_t Cin = plan.call.Cin, taps = plan.call.taps;
-    const int64_t matrices = plan.ahead ? plan.panels * taps : 0;
+    const int64_t Cin = plan.call.Cin, taps = plan.call.taps, stride = taps * Cin * PANEL;
+    const int64_t wide = (plan.panels + WIDE - 1) / WIDE, matrices = plan.ahead ? wide * taps : 0;
     const int64_t lines = plan.staged ? plan.call.B * plan.extent[0] * plan.extent[1] : 0;
     for (;;) {
-        const int64_t i = __atomic_fetch_add(&plan.next_panel_tap, 1, __ATOMIC_RELAXED);
+        const int64_t i = __atomic_fetch_add(&plan.next_matrix, 1, __ATOMIC_RELAXED);
         if (i >= matrices) break;
-        pack_rows(plan, i / taps, i % taps, 0, Cin, plan.packed + i * Cin * PANEL);
+        const int64_t panel = i % wide * WIDE, tap = i / wide;
+        pack_rows(plan, panel, at_most(panel + WIDE, plan.panels), tap, 0, Cin,
+                  plan.packed + panel * stride + tap * Cin * PANEL, stride);
     }
     for (;;) {
         const int64_t line = __atomic_fetch_add(&plan.next_line, 1, __ATOMIC_RELAXED);

@@ -6,38 +6,54 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
+// Whether LANES columns from this lane of a panel on exist and follow one another.
+inline bool whole(const Plan& plan, int64_t panel, int64_t lane) {
+    return column_of(plan, panel, lane) >= 0 && column_of(plan, panel, lane + LANES - 1) >= 0;
+}
+
+// One vector of a panel, column by column.
 template <class T>
-void pack_columns(const Plan& plan, int64_t panel, const T* from, int64_t begin, int64_t end, float* to) {
+void pack_columns(const Plan& plan, int64_t panel, int64_t half, const T* from, int64_t rows, float* to) {
     const int64_t along = plan.call.weight.strides[1], across = plan.call.weight.strides[2];
-    for (int64_t half = 0; half < PANEL; half += LANES) {
-        const int64_t first = column_of(plan, panel, half);
-        const bool whole = first >= 0 && column_of(plan, panel, half + LANES - 1) >= 0;
-        if (whole && across == 1) {
-            const T* row = from + begin * along + first;
-            for (int64_t k = 0; k < end - begin; ++k, row += along)
-                for (int lane = 0; lane < LANES; ++lane) to[k * PANEL + half + lane] = widen(row[lane]);
-            continue;
-        }
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int64_t column = column_of(plan, panel, half + lane);
-            const T* element = from + begin * along + column * across;
-            float* place = to + half + lane;
-            if (column < 0)
-                for (int64_t k = 0; k < end - begin; ++k) place[k * PANEL] = 0;
-            else
-                for (int64_t k = 0; k < end - begin; ++k) place[k * PANEL] = widen(element[k * along]);
-        }
+    for (int64_t lane = half; lane < half + LANES; ++lane) {
+        const int64_t column = column_of(plan, panel, lane);
+        if (column < 0)
+            for (int64_t k = 0; k < rows; ++k) to[k * PANEL + lane] = 0;
+        else
+            for (int64_t k = 0; k < rows; ++k) to[k * PANEL + lane] = widen(from[k * along + column * across]);
     }
 }
 
-// Rows [begin, end) of a tap's matrix, the columns of one panel.
-inline void pack_rows(const Plan& plan, int64_t panel, int64_t tap, int64_t begin, int64_t end, float* to) {
+template <class T>
+void pack_panels(const Plan& plan, int64_t first, int64_t last, const T* from, int64_t rows, float* to,
+                 int64_t panel_stride) {
+    const int64_t along = plan.call.weight.strides[1];
+    int64_t easy = first;  // panels before this one are copied row by row: what lies side by side is read at once
+    if (plan.call.weight.strides[2] == 1)
+        while (easy < last && whole(plan, easy, 0) && whole(plan, easy, LANES)) ++easy;
+    for (int64_t k = 0; k < rows && easy > first; ++k)
+        for (int64_t half = 0; half < PANEL; half += LANES) {
+            const T* row = from + k * along + column_of(plan, first, half);
+            const int64_t next = plan.call.activation == PLAIN ? PANEL : LANES;
+            for (int64_t panel = first; panel < easy; ++panel, row += next) {
+                float* place = to + (panel - first) * panel_stride + k * PANEL + half;
+                for (int64_t lane = 0; lane < LANES; ++lane) place[lane] = widen(row[lane]);
+            }
+        }
+    for (int64_t panel = easy; panel < last; ++panel)
+        for (int64_t half = 0; half < PANEL; half += LANES)
+            pack_columns(plan, panel, half, from, rows, to + (panel - first) * panel_stride);
+}
+
+// Rows [begin, end) of a tap's matrix, the columns of panels [first, last), which lie panel_stride apart.
+inline void pack_rows(const Plan& plan, int64_t first, int64_t last, int64_t tap, int64_t begin, int64_t end, float* to,
+                      int64_t panel_stride) {
     const Matrices& weight = plan.call.weight;
-    const int64_t start = tap * weight.strides[0];
+    const int64_t start = tap * weight.strides[0] + begin * weight.strides[1];
     if (weight.type == FLOAT32)
-        pack_columns(plan, panel, (const float*)weight.data + start, begin, end, to);
+        pack_panels(plan, first, last, (const float*)weight.data + start, end - begin, to, panel_stride);
     else
-        pack_columns(plan, panel, (const BFloat16*)weight.data + start, begin, end, to);
+        pack_panels(plan, first, last, (const BFloat16*)weight.data + start, end - begin, to, panel_stride);
 }
 
 inline float bias_at(const ConvCall& call, int64_t column) {

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t PANEL = 2 * LANES;      // columns of a panel
 constexpr int64_t MOST_BLOCK = 192;       // positions whose sums of one panel are in progress at once
 constexpr int64_t MOST_GROUP = 256;       // products that are summed before the sum joins the total
-constexpr int64_t MOST_UNPACKED = 2 * TILE_ROWS;  // positions so few that weights are read where they lie
+constexpr int64_t WIDE = 8;               // panels that are packed together
 static_assert(MOST_BLOCK % TILE_ROWS == 0);
 
 // Products that are summed in registers: elements [begin, end) of the rows of taps [first, last). What is in a group
@@ -27,7 +27,8 @@ struct Plan {
     int64_t N, block, blocks;     // positions, in the order t, b, y, x
     int64_t groups, taps_of_group, parts_of_tap;
     int64_t pieces_of_block;
-    bool ahead;                // all panels are packed before anything is multiplied
+    bool ahead;                // all panels are packed before anything is multiplied, else where they are used
+    int64_t together;          // panels whose sums of one block are in progress at once
     bool staged;               // x is copied to float32 rows first, as far as it is read
     int64_t low[3], extent[3];  // the part of x that is read
     int64_t x_strides[4], x_start;  // of the rows that are read: B, T, H, W; of element [0, 0, 0, 0] of x
@@ -36,7 +37,7 @@ struct Plan {
     float* staging;  // [B, extent.., Cin]
     float* bias;    // [panels][PANEL]
     float* zeros;   // [Cin]: a row outside the grid
-    int64_t next_piece, next_panel_tap, next_line;  // taken by whoever is free
+    int64_t next_piece, next_matrix, next_line;  // taken by whoever is free
 
     void cut(Cutter& cutter) {
         const int64_t rows_read = call.B * extent[0] * extent[1] * extent[2];
@@ -44,6 +45,11 @@ struct Plan {
         staging = cutter.cut<float>(staged ? rows_read * call.Cin : 0);
         bias = cutter.cut<float>(panels * PANEL);
         zeros = cutter.cut<float>(call.Cin);
+    }
+
+    // Most rows of a panel that belong to one group.
+    int64_t group_rows() const {
+        return parts_of_tap > 1 ? (call.Cin + parts_of_tap - 1) / parts_of_tap : taps_of_group * call.Cin;
     }
 
     Group group(int64_t g) const {
@@ -120,6 +126,7 @@ inline void make_plan(Plan& plan) {
     plan.groups = plan.parts_of_tap > 1 ? call.taps * plan.parts_of_tap
                                         : (call.taps + plan.taps_of_group - 1) / plan.taps_of_group;
     plan.ahead = plan.blocks > 1;
+    plan.together = plan.ahead ? 1 : at_most(WIDE, plan.panels);
     const int64_t wanted = call.threads > 1 ? 8 * (int64_t)call.threads : 1;
     plan.pieces_of_block = plan.blocks ? at_most((wanted + plan.blocks - 1) / plan.blocks, plan.panels) : 1;
     plan_rows(plan);
