@@ -11,9 +11,10 @@ namespace {
 constexpr int64_t PANEL = 2 * LANES;  // columns of grad that are multiplied at once
 // Positions whose products are summed in registers before they join the totals: short sums keep rounding at the level
 // of a blocked matrix product, and a panel of so many positions stays in the L1 cache.
-constexpr int64_t BLOCK = 256;
-constexpr int64_t SLAB_FLOATS = 1 << 20;  // of x and grad that are packed at a time, unless one position needs more
-constexpr int64_t PACKED_AT_ONCE = 8;     // positions, so that their rows stay in the cache while strips take them apart
+constexpr int64_t BLOCK = 128;
+constexpr int64_t SLAB_FLOATS = 128 << 10;  // of x and grad, packed at a time: what the L2 cache holds,
+constexpr int64_t LEAST_SLAB = 256;         // or so many positions, lest wide matrices pass by for too few products
+constexpr int64_t PACKED_AT_ONCE = 8;       // positions whose rows stay in the L1 cache while strips take them apart
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -33,13 +34,15 @@ struct Box {
     }
 };
 
-// Channels of x in tiles of nearly the same size, so that none is computed in vain.
+// Channels of x in tiles of nearly the same size, so that none is computed in vain: first those with one row more.
 struct Tiles {
-    int64_t Cin;
+    int64_t count = 0, rows = 0, longer = 0;  // rows of the shorter ones
 
-    int64_t count() const { return divide_up(Cin, TILE_ROWS); }
-    int64_t first(int64_t tile) const { return tile * Cin / count(); }
-    int64_t rows(int64_t tile) const { return first(tile + 1) - first(tile); }
+    Tiles() = default;
+    explicit Tiles(int64_t Cin) : count(divide_up(Cin, TILE_ROWS)), rows(Cin / count), longer(Cin % count) {}
+
+    int64_t first(int64_t tile) const { return tile * rows + least(tile, longer); }
+    int64_t rows_of(int64_t tile) const { return rows + (tile < longer); }
 };
 
 // Neighbouring positions that a tap reaches, as places in the packed slab.
@@ -93,13 +96,16 @@ class Reached {
     int64_t shift_[3], at_[4];
 };
 
-// Adds to totals [ROWS, PANEL] what the positions of the runs contribute. x: a strip [positions][ROWS];
+// Adds to totals [ROWS][PANEL] what the positions of the runs contribute. x: a strip [positions][ROWS];
 // grad: a panel [positions][PANEL].
 template <int ROWS>
-void add_products(const Run* runs, int64_t count, const float* x, const float* grad, float* totals, int64_t stride) {
+void add_products(const Run* runs, int64_t count, const float* x, const float* grad, float* totals) {
     Floats sums[ROWS][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = repeat(0.0f);
+    for (int r = 0; r < ROWS; ++r) {
+        sums[r][0] = sums[r][1] = repeat(0.0f);
+        __builtin_prefetch(totals + r * PANEL, 1);  // needed at the end; wide matrices do not stay in any cache
+    }
     for (const Run* run = runs; run != runs + count; ++run) {
         const float* value = x + (int64_t)run->x * ROWS;
         const float* column = grad + (int64_t)run->grad * PANEL;
@@ -117,26 +123,36 @@ void add_products(const Run* runs, int64_t count, const float* x, const float* g
     }
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
-        float* to = totals + r * stride;
+        float* to = totals + r * PANEL;
         store(to, load<Floats>(to) + sums[r][0]);
         store(to + LANES, load<Floats>(to + LANES) + sums[r][1]);
     }
 }
 
 template <int ROWS>
-void add_products_of(int64_t rows, const Run* runs, int64_t count, const float* x, const float* grad, float* totals,
-                     int64_t stride) {
+void add_products_of(int64_t rows, const Run* runs, int64_t count, const float* x, const float* grad, float* totals) {
     if constexpr (ROWS > 1)
-        if (rows < ROWS) return add_products_of<ROWS - 1>(rows, runs, count, x, grad, totals, stride);
-    add_products<ROWS>(runs, count, x, grad, totals, stride);
+        if (rows < ROWS) return add_products_of<ROWS - 1>(rows, runs, count, x, grad, totals);
+    add_products<ROWS>(runs, count, x, grad, totals);
+}
+
+inline void widen_some(const float* from, int64_t count, float* to) {
+    __builtin_memcpy(to, from, (size_t)count * sizeof(float));
+}
+
+inline void widen_some(const BFloat16* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
 // Channels side by side are copied faster where the compiler knows it.
 template <int ROWS, bool DENSE, class T>
 void pack_strip(const T* from, int64_t step, int64_t channel_step, int64_t count, float* to) {
-    for (int64_t p = 0; p < count; ++p, from += step, to += ROWS)
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) to[r] = widen(from[DENSE ? r : r * channel_step]);
+    for (int64_t p = 0; p < count; ++p, from += step, to += ROWS) {
+        if constexpr (DENSE)
+            widen_some(from, ROWS, to);
+        else
+            for (int r = 0; r < ROWS; ++r) to[r] = widen(from[r * channel_step]);
+    }
 }
 
 template <int ROWS, bool DENSE, class T>
@@ -151,8 +167,8 @@ template <bool DENSE, class T>
 void pack_x(const T* from, int64_t step, int64_t channel_step, int64_t count, const Tiles& tiles, float* packed,
             int64_t positions, int64_t at) {
     for (int64_t p = 0; p < count; p += PACKED_AT_ONCE)
-        for (int64_t tile = 0; tile < tiles.count(); ++tile) {
-            const int64_t first = tiles.first(tile), rows = tiles.rows(tile);
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+            const int64_t first = tiles.first(tile), rows = tiles.rows_of(tile);
             pack_strip_of<TILE_ROWS, DENSE>(rows, from + p * step + first * channel_step, step, channel_step,
                                             least(PACKED_AT_ONCE, count - p), packed + first * positions + (at + p) * rows);
         }
@@ -162,19 +178,18 @@ void pack_x(const T* from, int64_t step, int64_t channel_step, int64_t count, co
 template <bool DENSE, class T>
 void pack_grad(const T* from, int64_t step, int64_t channel_step, int64_t count, int64_t Cout, float* packed,
                int64_t positions, int64_t at) {
-    for (int64_t n = 0; n < Cout; n += PANEL) {
-        float* to = packed + n * positions + at * PANEL;
-        const int64_t columns = least(PANEL, Cout - n);
-        const T* row = from + n * channel_step;
-        for (int64_t p = 0; p < count; ++p, row += step, to += PANEL) {
-            if (columns == PANEL) {
-#pragma GCC unroll 1
-                for (int64_t c = 0; c < PANEL; ++c) to[c] = widen(row[DENSE ? c : c * channel_step]);
-                continue;
-            }
-            for (int64_t c = 0; c < columns; ++c) to[c] = widen(row[c * channel_step]);
-            for (int64_t c = columns; c < PANEL; ++c) to[c] = 0;
+    const int64_t whole = Cout / PANEL * PANEL;
+    for (int64_t p = 0; p < count; ++p, from += step) {
+        float* to = packed + (at + p) * PANEL;
+        int64_t n = 0;
+        for (; n < whole; n += PANEL, to += PANEL * positions) {
+            if constexpr (DENSE)
+                widen_some(from + n, PANEL, to);
+            else
+                for (int64_t c = 0; c < PANEL; ++c) to[c] = widen(from[(n + c) * channel_step]);
         }
+        for (int64_t c = 0; n + c < Cout; ++c) to[c] = widen(from[(n + c) * channel_step]);
+        for (int64_t c = Cout - n; n < Cout && c < PANEL; ++c) to[c] = 0;
     }
 }
 
