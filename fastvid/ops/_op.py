@@ -181,12 +181,14 @@ class Op:
     def explain(self, *args, backend: str | None = None, **kwargs) -> str:
         """Which backend serves these arguments, and why each other one does not. One line each."""
         args = self._positional(args, kwargs)
-        return _told(self.name, args, self.reasons(*args, backend=backend))
+        return _told(self.name, args, self._reasons(args, backend or ""))
 
     def reasons(self, *args, backend: str | None = None, **kwargs) -> dict[str, str]:
         """What each backend says, by name: SERVES for the one that is chosen."""
-        args = self._positional(args, kwargs)
-        told, served, permitted = {}, False, self._permitted(backend or "")
+        return self._reasons(self._positional(args, kwargs), backend or "")
+
+    def _reasons(self, args: tuple, asked: str) -> dict[str, str]:
+        told, served, permitted = {}, False, self._permitted(asked)
         for candidate in sorted(self.backends, key=lambda b: _rank(b.name, permitted)):
             reason = candidate.why_not(*args) or (None if permitted else candidate.unasked(*args))
             if permitted and candidate.name not in permitted:
@@ -240,7 +242,7 @@ class Op:
             if name in mine and mine[name].why_not(*args) is None:
                 return mine[name]
         lacking = {name: "this op has no such backend" for name in permitted if name not in mine}
-        told = _told(self.name, args, lacking | self.reasons(*args, backend=asked))
+        told = _told(self.name, args, lacking | self._reasons(args, asked))
         raise BackendError(told.replace(":", ": no backend that was asked for serves", 1))
 
 

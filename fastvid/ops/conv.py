@@ -47,7 +47,7 @@ def _fake_backward(x, weight, pre, grad_out, grad_pre, taps, activation, origin,
 
 @op(
     "(Tensor x, Tensor weight, Tensor? pre, Tensor? grad_out, Tensor? grad_pre, int[] taps, str activation,"
-    " int[] origin, bool[] wanted) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_addend)",
+    " SymInt[] origin, bool[] wanted) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_addend)",
     backends=[
         triton(lazy(TRITON, "gated_causal_conv_backward"), lazy(TRITON, "why_not_backward")),
         Backend("cpu", _cpu_conv.gated_causal_conv_backward, _cpu_conv.why_not_backward),
@@ -104,7 +104,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_pre: Tensor | None):
 
 @op(
     "(Tensor x, Tensor weight, Tensor? bias, int[] taps, Tensor? addend, Tensor? residual, str activation,"
-    " int[] origin, int[] size, bool keep) -> (Tensor out, Tensor pre)",
+    " SymInt[] origin, SymInt[] size, bool keep) -> (Tensor out, Tensor pre)",
     backends=[
         triton(lazy(TRITON, "gated_causal_conv"), lazy(TRITON, "why_not")),
         Backend("cpu", _cpu_conv.gated_causal_conv, _cpu_conv.why_not),

@@ -129,6 +129,27 @@ def test_compiles_whole_and_trains_alike():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(given, other, strict=True))
 
 
+def test_one_graph_for_every_grid():
+    args, graphs = cases.ALL[6].make(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: ops.gated_causal_conv(x, *args[1:4]).out, fullgraph=True, backend=count, dynamic=True
+    )
+    for width in (8, 6, 5):
+        x = args[0][:, :, :, :width].contiguous()
+        assert torch.equal(compiled(x), ops.gated_causal_conv(x, *args[1:4]).out)
+    assert len(graphs) == 1
+
+
+def test_explains_who_serves():
+    told = ops.gated_causal_conv.explain(*cases.ALL[6].make(), backend="reference")
+    assert "reference: serves" in " ".join(told.split())
+
+
 def test_the_gradient_is_served_by_who_served_the_forward():
     given = differentiable([cases.ALL[6].make()[i] for i in (0, 1, 2, 4, 5)])
     with fastvid.backend("reference"):
