@@ -139,7 +139,7 @@ def test_one_graph_for_every_grid():
     compiled = torch.compile(
         lambda x: ops.gated_causal_conv(x, *args[1:4]).out, fullgraph=True, backend=count, dynamic=True
     )
-    for width in (8, 6, 5):
+    for width in (7, 6, 5):  # none that another axis has too, which would be taken for the same
         x = args[0][:, :, :, :width].contiguous()
         assert torch.equal(compiled(x), ops.gated_causal_conv(x, *args[1:4]).out)
     assert len(graphs) == 1
