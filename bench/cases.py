@@ -10,7 +10,8 @@ what the floor was counted with; `extra_limit_bytes`, where a limit is set; `rat
 not of seconds. A contestant has `extra_bytes`, its peak less what it returned (memory that it kept from an earlier call
 is in neither). It may carry `missing`, why it did not run; `scaled_from`, the codes that a run drew where its times are
 scaled up to all of them, and `sampled`, which ones; `given`, true for a figure that is not a program's; `passes`, the
-sequential evaluations that the job took as {"median", "min", "max"}, and `codes_per_pass`.
+sequential evaluations that the job took as {"median", "min", "max"}, and `codes_per_pass`; `best_of`, the contestants
+of which it stands for the `fastest`, whose figures it has.
 """
 
 import statistics
@@ -88,6 +89,18 @@ def _vq(name: str) -> Race:
     return vq_cases.vq_race(getattr(vq_cases, name))
 
 
+def _conv(name: str, *given) -> Race:
+    import conv_cases
+
+    return conv_cases.conv_race(getattr(conv_cases, name)(*given))
+
+
+def _train(name: str) -> Race:
+    import train_cases
+
+    return getattr(train_cases, name)()
+
+
 def _no_cuda() -> str | None:
     import torch
 
@@ -157,11 +170,55 @@ VQ_16K = Case(
     {"torch": None, "flash-kmeans": None, "flashlib": 1.2}, open=lambda: _vq("GPU_16K"), missing=_no_cuda,
     extra_limit=100_000_000,
 )  # fmt: skip
+PLANE = "1x3x32x32, C={0} -> 2x{0} + gate, (x, t) plane, 8 of 9 taps, fp32"
+CONV_CPU = [
+    Case(
+        f"conv_gated_cpu_{C}", PLANE.format(C), "fastvid", {"masked conv3d": goal, "gather": None},
+        open=lambda C=C: _conv("cpu", C),
+    )
+    for C, goal in ((64, 4.0), (128, 2.5), (256, 2.0))
+]  # fmt: skip
+CONV_TRAIN_CPU = [
+    Case(
+        f"conv_gated_train_cpu_{C}", f"{PLANE.format(C)}, forward + backward", "fastvid",
+        {"masked conv3d": 1.5, "gather": None}, open=lambda C=C: _conv("cpu", C, True),
+    )
+    for C in (64, 128, 256)
+]  # fmt: skip
+LAYERS = {
+    "top": "a layer of the published top prior: 8x3x32x32, 512 -> 2x512 + gate, (x, t) plane, 8 of 9 taps, bf16",
+    "bottom": "a layer of the published bottom prior: 8x64x64, 512 -> 2x512 + gate, 15 of 5x5 taps, bf16",
+}
+CONV_GPU = [
+    Case(
+        f"conv_gated_gpu_{level}", size, "fastvid", {"masked conv3d ncdhw": 3.0, "tuned conv3d": 1.7, "gather": None},
+        open=lambda level=level: _conv(f"gpu_{level}"), missing=_no_cuda,
+    )
+    for level, size in LAYERS.items()
+]  # fmt: skip
+CONV_TRAIN_GPU = [
+    Case(
+        f"conv_gated_train_gpu_{level}", f"{size}, forward + backward", "fastvid",
+        {"masked conv3d": 1.5, "tuned conv3d": None, "gather": None},
+        open=lambda level=level: _conv(f"gpu_{level}", True), missing=_no_cuda,
+    )
+    for level, size in LAYERS.items()
+]  # fmt: skip
+STEP_PEERS = {"torch": 1.5, "masked conv3d": None, "reference": None}
+TRAIN_TOP = Case(
+    "train_step_prior_cpu", "top prior dino64, a whole step (AdamW) of 16 futures of 3x8x8 codes, fp32", "fastvid",
+    STEP_PEERS, open=lambda: _train("top_race"),
+)  # fmt: skip
+TRAIN_BOTTOM = Case(
+    "train_step_bottom_cpu", "bottom prior dino64, a whole step (AdamW) of 16 slices of 16x16 codes, fp32", "fastvid",
+    STEP_PEERS, open=lambda: _train("bottom_race"),
+)  # fmt: skip
 CASES = [
     VQ_512, VQ_512.one_thread(**{"vector-quantize-pytorch": 40.0}), VQ_8192, VQ_8192.one_thread(),
     SMALL_CPU, SMALL_CPU.one_thread(), PAPER_SLICE, FIXED_POINT, WAVEFRONT, WAVEFRONT.one_thread(),
     DEMO_CPU, DEMO_CPU.one_thread(),
-    SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K,
+    *(sized for case in CONV_CPU for sized in (case, case.one_thread())), *CONV_TRAIN_CPU, TRAIN_TOP, TRAIN_BOTTOM,
+    SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K, *CONV_GPU, *CONV_TRAIN_GPU,
 ]  # fmt: skip
 
 
@@ -184,6 +241,7 @@ def measure(case: Case, rounds: int, tell: Callable[[str], None] = lambda _: Non
         times = run_race(race, rounds, tell)
         floor, counted = race.floor() if race.floor else (None, None)
     rows = [_row(contestant, times.get(contestant.name), race.codes) for contestant in race.contestants]
+    rows = [_best(contestant, row, rows) for contestant, row in zip(race.contestants, rows, strict=True)]
     return _entry(case, "ok", rows, floor, floor_from=counted, threads=count, checked=checked)
 
 
@@ -206,6 +264,17 @@ def _row(contestant: Contestant, times: Times | None, codes: int | None) -> dict
     if contestant.scaled_from:
         row |= {"scaled_from": contestant.scaled_from, "sampled": contestant.sampled}
     return row
+
+
+def _best(contestant: Contestant, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a contestant that stands for the fastest of others; any other contestant's as it is."""
+    if not contestant.best_of:
+        return row
+    timed = [other for other in rows if other["name"] in contestant.best_of and other["median_s"] is not None]
+    if not timed:
+        return row | {"best_of": list(contestant.best_of), "missing": "none of those it stands for can run here"}
+    fastest = min(timed, key=lambda other: other["median_s"])
+    return fastest | {"name": row["name"], "best_of": list(contestant.best_of), "fastest": fastest["name"]}
 
 
 def _entry(case: Case, check: str, rows=(), floor=None, **beside) -> dict[str, Any]:

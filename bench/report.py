@@ -51,6 +51,9 @@ def notes(case: dict[str, Any]) -> list[str]:
     for row in case["contestants"]:
         if row.get("given"):
             lines.append(f"  {row['name']}: a given time, not a program's")
+    for row in case["contestants"]:
+        if "fastest" in row:
+            lines.append(f"  {row['name']}: the fastest of {', '.join(row['best_of'])}; here {row['fastest']}")
     ours = next(row for row in case["contestants"] if row["name"] == case["ours"])
     if counted := [row for row in case["contestants"] if row.get("passes")]:
         told = [f"{row['name']} {row['passes']['median']:,.0f}{_settled(row)}" for row in counted]

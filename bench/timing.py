@@ -25,6 +25,7 @@ class Contestant:
     others:      further parts of the job, each timed by itself and scaled by its own factor, after `run`.
     given:       seconds of a contestant that is a figure rather than a program.
     passes:      how many sequential evaluations a run took, told from what it returned; scaled as its time is.
+    best_of:     other contestants, whichever of them is fastest here: a peer that may choose how it is done.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Contestant:
     others: tuple[tuple[Callable[[Any], Any], float], ...] = ()
     given: float | None = None
     passes: Callable[[Any], float] | None = None
+    best_of: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[Callable[[Any], Any], float], ...]:
