@@ -1,14 +1,15 @@
 """Which configuration of a Triton kernel is fastest on this device: every one timed, the winner kept in tuned.json.
 
-A room that can be tuned has in its triton_gpu.py `tunable(x, codebook, precision)`, the configurations to try with the
-default first, and `bucket(D, K, precision)`, the key that sizes share. Sizes come from the room's cases.py, where the
-benchmark's are too; a bucket is decided by its largest. A configuration whose result is not the default's is refused,
-however fast. The file is written anew after every bucket, so that an interrupt costs one.
+A room that can be tuned has in its triton_gpu.py `tunable`, the configurations to try with the default first, and
+`bucket`, the key that sizes share. Sizes come from the room's cases.py, where the benchmark's are too; a bucket is
+decided by its largest. A configuration whose result is not the default's is refused, however fast. The file is written
+anew after every bucket, so that an interrupt costs one. What differs between rooms is in their jobs: see ROOMS.
 """
 
 import importlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,7 +24,6 @@ from torch import Tensor
 from vq_cases import ROUNDING, ROUNDINGS, judge
 from vq_peers import Step
 
-ROOMS = ("nearest_codebook",)
 PRECISIONS = ("exact", "bf16")  # one for each kind of kernel
 LEAST_WORK = 1 << 24  # products; below, a call is over before a configuration can matter
 WARM_UP, RUNS = 3, 15
@@ -33,7 +33,10 @@ Timer = Callable[[Callable[[], Any]], float]
 
 @dataclass(frozen=True)
 class Job:
-    """One bucket: the largest of its sizes, and the precision that stands for its kind of kernel."""
+    """One bucket of the lookup: the largest of its sizes, and the precision that stands for its kind of kernel.
+
+    Every room's job has key, case, work and the four methods.
+    """
 
     key: str
     case: Any
@@ -43,6 +46,69 @@ class Job:
     def work(self) -> int:
         """Products of a call."""
         return self.case.N * self.case.K * self.case.D
+
+    def make(self, device: str) -> tuple:
+        """Fresh arguments of a call."""
+        # rows in half precision where the products are: the bytes are part of the time
+        return self.case.make(device, torch.float32 if self.precision == "exact" else torch.bfloat16)
+
+    def configs(self, kernels: ModuleType, args: tuple) -> list[dict[str, int]]:
+        """What to time, the default first."""
+        return kernels.tunable(*args, self.precision)
+
+    def run(self, kernels: ModuleType, args: tuple, config: dict[str, int]) -> Any:
+        """One call."""
+        return kernels.nearest_codebook(*args, True, self.precision, config=config)
+
+    def judge(self, default: Any, result: Any, args: tuple) -> None:
+        """Raise GateError unless a result is as good as the default's."""
+        judge_against(default, result, *args, self.precision)
+
+
+@dataclass(frozen=True)
+class ConvJob:
+    """One bucket of the gated convolution. kind: "gate" and "plain" forward, "grad_x", "weight"; see Job."""
+
+    key: str
+    case: Any
+    kind: str
+    dtype: torch.dtype
+
+    @property
+    def work(self) -> int:
+        return self.case.work
+
+    def make(self, device: str) -> tuple:
+        """Positional arguments of the room's launcher."""
+        x, weight, bias, taps, addend, residual, activation, origin, size, keep = self.case.make(device, self.dtype)
+        flat, origin, size = [offset for tap in taps for offset in tap], [*origin], [*(size or x.shape[1:4])]
+        grad = torch.randn(*self.case.outputs, weight.shape[2], device=device, dtype=self.dtype)
+        if self.kind == "weight":
+            return x, grad, len(taps), flat, origin
+        if self.kind == "grad_x":
+            back, start = [-offset for offset in flat], [-o for o in origin]
+            return grad, weight.transpose(1, 2), None, back, None, None, "none", start, [*x.shape[1:4]], False
+        return x, weight, bias, flat, addend, residual, activation, origin, size, keep
+
+    def configs(self, kernels: ModuleType, args: tuple) -> list[dict[str, int]]:
+        kind = "plain" if self.kind == "grad_x" else self.kind
+        return kernels.tunable(kind, args[0], args[1].shape[-1])
+
+    def run(self, kernels: ModuleType, args: tuple, config: dict[str, int]) -> tuple[Tensor, ...]:
+        if self.kind == "weight":
+            return (kernels.weight_gradient(*args, config),)
+        return kernels.gated_causal_conv(*args, config)
+
+    def judge(self, default: tuple[Tensor, ...], result: tuple[Tensor, ...], args: tuple) -> None:
+        """Two sums of the same products in different orders, each rounded to its dtype."""
+        grid, inputs = self.case.outputs, self.case.channels[self.kind == "grad_x"]
+        terms = math.prod(grid) if self.kind == "weight" else len(self.case.taps) * inputs
+        for one, other in zip(default, result, strict=True):
+            if one.numel():
+                roundings = torch.finfo(one.dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
+                far = ((other - one).abs().max() / one.abs().max()).item() / roundings
+                if not far <= ROUNDINGS:  # written so that NaN fails
+                    raise GateError(f"{far:.3g} roundings from the default's result")
 
 
 def cannot_tune() -> str | None:
@@ -60,19 +126,40 @@ def tune(tell: Callable[[str], None]) -> int:
         tell(f"tune: nothing to tune on this machine: {reason}.")
         return 0
     wrong = 0
-    for room in ROOMS:
+    for room, jobs_of_room in ROOMS.items():
         cases, kernels = (importlib.import_module(f"fastvid.kernels.{room}.{part}") for part in ("cases", "triton_gpu"))
-        jobs = jobs_of(cases, kernels)
+        jobs = jobs_of_room(cases, kernels)
         wrong += tune_room(kernels, jobs, torch.cuda.get_device_name(), "cuda", device_seconds, tell)
     return 1 if wrong else 0
 
 
 def jobs_of(cases: ModuleType, kernels: ModuleType) -> list[Job]:
-    """What to tune for a room, most work first."""
+    """What to tune for the lookup, most work first."""
     sizes = [*cases.ALL, *getattr(cases, "LARGE", [])]
-    jobs = [Job(kernels.bucket(case.D, case.K, p), case, p) for case in sizes for p in PRECISIONS]
+    return largest([Job(kernels.bucket(case.D, case.K, p), case, p) for case in sizes for p in PRECISIONS])
+
+
+def conv_jobs(cases: ModuleType, kernels: ModuleType) -> list[ConvJob]:
+    """What to tune for the gated convolution, most work first: forward and both large gradients."""
+    jobs = []
+    for case in [*cases.ALL, *cases.LARGE]:
+        (Cin, Cout), forward = case.channels, "plain" if case.activation == "none" else "gate"
+        for dtype in (torch.bfloat16, torch.float32):
+            jobs += [
+                ConvJob(kernels.bucket(forward, dtype, Cin, Cout), case, forward, dtype),
+                ConvJob(kernels.bucket("plain", dtype, Cout, Cin), case, "grad_x", dtype),
+                ConvJob(kernels.bucket("weight", dtype, Cin, Cout), case, "weight", dtype),
+            ]
+    return largest(jobs)
+
+
+ROOMS = {"nearest_codebook": jobs_of, "gated_causal_conv": conv_jobs}
+
+
+def largest(jobs: list[Any]) -> list[Any]:
+    """The largest job of each key that is worth it, most work first."""
     jobs = sorted((job for job in jobs if job.work >= LEAST_WORK), key=lambda job: job.work)
-    return list({job.key: job for job in jobs}.values())[::-1]  # the last of a key wins: the largest
+    return list({job.key: job for job in jobs}.values())[::-1]  # the last of a key wins
 
 
 def tune_room(
@@ -84,10 +171,8 @@ def tune_room(
     """
     wrong = 0
     for job in jobs:
-        # rows in half precision where the products are: the bytes are part of the time
-        x, codebook = job.case.make(device, torch.float32 if job.precision == "exact" else torch.bfloat16)
         found: list[tuple[float, dict[str, int]]] = []
-        for config, seconds, why in timed(kernels, x, codebook, job.precision, timer):
+        for config, seconds, why in timed(kernels, job, job.make(device), timer):
             if why:
                 wrong += 1
                 tell(f"tune: {job.key}: {config}: refused: {why}")
@@ -102,22 +187,21 @@ def tune_room(
 
 
 def timed(
-    kernels: ModuleType, x: Tensor, codebook: Tensor, precision: str, timer: Timer
+    kernels: ModuleType, job: Any, args: tuple, timer: Timer
 ) -> Iterator[tuple[dict[str, int], float, str | None]]:
     """Each configuration with its seconds, or with why it is refused."""
     default = None
-    for config in kernels.tunable(x, codebook, precision):
+    for config in job.configs(kernels, args):
         try:
-            result = kernels.nearest_codebook(x, codebook, True, precision, config=config)
+            result = job.run(kernels, args, config)
             default = default or result
-            judge_against(default, result, x, codebook, precision)
+            job.judge(default, result, args)
         except GateError as error:
             yield config, float("nan"), str(error)
         except Exception as error:  # too large for the chip, or not to be compiled: the others are still to be tried
             yield config, float("nan"), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
         else:
-            run = lambda config=config: kernels.nearest_codebook(x, codebook, True, precision, config=config)  # noqa: E731
-            yield config, timer(run), None
+            yield config, timer(lambda config=config: job.run(kernels, args, config)), None
 
 
 def judge_against(default: tuple[Tensor, ...], result: tuple[Tensor, ...], x: Tensor, codebook: Tensor, precision: str):
