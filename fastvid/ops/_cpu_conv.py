@@ -1,6 +1,10 @@
-"""Launchers of the native gated convolution: tensors become views of pointers and strides, a call one structure."""
+"""Launchers of the native gated convolution: tensors become views of pointers and strides, a call one structure.
 
-import ctypes
+A structure is packed as bytes: made of ctypes fields it takes longer than the kernel's work on a row of a small model.
+"""
+
+from array import array
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -10,53 +14,24 @@ from fastvid import _native
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of kernels/common/types.h
 ACTIVATIONS = {"none": 0, "gate": 1, "glu": 2}  # enum Activation of kernels/gated_causal_conv/cpu.h
 _NO_MEMORY = 1  # enum Outcome of kernels/common/types.h
-_FIVE, _THREE = ctypes.c_int64 * 5, ctypes.c_int64 * 3
 
-
-class _View(ctypes.Structure):
-    """struct View of kernels/gated_causal_conv/cpu.h."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("strides", _FIVE), ("type", ctypes.c_int32)]
-
-
-class _Matrices(ctypes.Structure):
-    """struct Matrices."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("strides", _THREE), ("type", ctypes.c_int32)]
-
-
-class _ConvCall(ctypes.Structure):
-    """struct ConvCall."""
-
-    _fields_ = [
-        *((name, _View) for name in ("x", "out", "pre", "addend", "residual")),
-        *(("weight", _Matrices), ("bias", ctypes.c_void_p), ("bias_type", ctypes.c_int32), ("B", ctypes.c_int64)),
-        *((name, _THREE) for name in ("inside", "size", "origin")),
-        *((name, ctypes.c_int64) for name in ("Cin", "Cout", "taps")),
-        *(("offsets", ctypes.c_void_p), ("activation", ctypes.c_int32), ("threads", ctypes.c_int32)),
-    ]
-
-
-class _GateCall(ctypes.Structure):
-    """struct GateCall."""
-
-    _fields_ = [
-        *((name, _View) for name in ("pre", "grad_out", "grad_pre", "grad")),
-        *(("grad_bias", ctypes.c_void_p), ("B", ctypes.c_int64), ("size", _THREE), ("Cout", ctypes.c_int64)),
-        *(("activation", ctypes.c_int32), ("threads", ctypes.c_int32)),
-    ]
-
-
-class _WeightGradCall(ctypes.Structure):
-    """struct WeightGradCall."""
-
-    _fields_ = [
-        *((name, _View) for name in ("x", "grad")),
-        *(("grad_weight", ctypes.c_void_p), ("type", ctypes.c_int32), ("B", ctypes.c_int64)),
-        *((name, _THREE) for name in ("inside", "size", "origin")),
-        *((name, ctypes.c_int64) for name in ("Cin", "Cout", "taps")),
-        *(("offsets", ctypes.c_void_p), ("threads", ctypes.c_int32)),
-    ]
+# The structures of kernels/gated_causal_conv/cpu.h, field by field, aligned as a C compiler aligns them.
+_VIEW, _MATRICES = "P5qi", "P3qi"
+_ABSENT = (0,) * 7
+_CONV_CALL = Struct(
+    # x, out, pre, addend, residual; weight; bias, bias_type; B, in, size, origin; Cin, Cout, taps
+    f"@{5 * _VIEW}{_MATRICES}Pi q3q3q3q3q"
+    # offsets; activation, threads
+    "P2i"
+)
+_GATE_CALL = Struct(
+    # pre, grad_out, grad_pre, grad; grad_bias; B, size, Cout; activation, threads
+    f"@{4 * _VIEW}P q3qq2i"
+)
+_WEIGHT_GRAD_CALL = Struct(
+    # x, grad; grad_weight, type; B, in, size, origin; Cin, Cout, taps; offsets, threads
+    f"@{2 * _VIEW}Pi q3q3q3q3qPi"
+)
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, taps: list[int], addend: Tensor | None,
@@ -131,47 +106,44 @@ def _at_the_sum(x: Tensor, weight: Tensor, pre: Tensor | None, grad_out: Tensor 
         written = grad = x.new_empty(*incoming[0].shape[:4], weight.shape[2])  # an op returns no argument of its own
     sums = torch.empty(weight.shape[2]) if of_bias else None  # float32, whatever the dtype
     if written is not None or of_bias:
-        call = _GateCall(
-            _view(pre), _view(grad_out), _view(grad_pre), _view(written), _pointer(sums),
-            incoming[0].shape[0], _THREE(*incoming[0].shape[1:4]), weight.shape[2],
-            ACTIVATIONS[activation], torch.get_num_threads(),
+        call = _GATE_CALL.pack(
+            *_view(pre), *_view(grad_out), *_view(grad_pre), *_view(written), _pointer(sums),
+            *incoming[0].shape[:4], weight.shape[2], ACTIVATIONS[activation], torch.get_num_threads(),
         )  # fmt: skip
-        _check(_native.load("cpu").fastvid_gate_backward(ctypes.byref(call)))
+        _check(_native.load("cpu").fastvid_gate_backward(call))
     return grad, weight.new_empty(0) if sums is None else sums.to(weight.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: list[int], addend: Tensor | None,
               residual: Tensor | None, activation: str, origin: list[int], out: Tensor, pre: Tensor | None) -> None:
-    offsets = (ctypes.c_int32 * len(taps))(*taps)
+    offsets = array("i", taps)
     bias = None if bias is None else bias.contiguous()
-    call = _ConvCall(
-        _view(x), _view(out), _view(pre), _view(addend), _view(residual),
-        _Matrices(weight.data_ptr(), _THREE(*weight.stride()), TYPES[weight.dtype]),
-        _pointer(bias), 0 if bias is None else TYPES[bias.dtype],
-        x.shape[0], _THREE(*x.shape[1:4]), _THREE(*out.shape[1:4]), _THREE(*origin),
-        *weight.shape[1:], weight.shape[0], ctypes.addressof(offsets), ACTIVATIONS[activation], torch.get_num_threads(),
+    call = _CONV_CALL.pack(
+        *_view(x), *_view(out), *_view(pre), *_view(addend), *_view(residual),
+        weight.data_ptr(), *weight.stride(), TYPES[weight.dtype],
+        _pointer(bias), TYPES[(weight if bias is None else bias).dtype],
+        *x.shape[:4], *out.shape[1:4], *origin, *weight.shape[1:], weight.shape[0],
+        offsets.buffer_info()[0], ACTIVATIONS[activation], torch.get_num_threads(),
     )  # fmt: skip
-    _check(_native.load("cpu").fastvid_gated_causal_conv(ctypes.byref(call)))
+    _check(_native.load("cpu").fastvid_gated_causal_conv(call))
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, taps: list[int], origin: list[int], grad_weight: Tensor) -> None:
-    offsets = (ctypes.c_int32 * len(taps))(*taps)
-    call = _WeightGradCall(
-        _view(x), _view(grad), grad_weight.data_ptr(), TYPES[grad_weight.dtype],
-        x.shape[0], _THREE(*x.shape[1:4]), _THREE(*grad.shape[1:4]), _THREE(*origin),
-        *grad_weight.shape[1:], grad_weight.shape[0], ctypes.addressof(offsets), torch.get_num_threads(),
+    offsets = array("i", taps)
+    call = _WEIGHT_GRAD_CALL.pack(
+        *_view(x), *_view(grad), grad_weight.data_ptr(), TYPES[grad_weight.dtype],
+        *x.shape[:4], *grad.shape[1:4], *origin, *grad_weight.shape[1:], grad_weight.shape[0],
+        offsets.buffer_info()[0], torch.get_num_threads(),
     )  # fmt: skip
-    _check(_native.load("cpu").fastvid_weight_gradient(ctypes.byref(call)))
+    _check(_native.load("cpu").fastvid_weight_gradient(call))
 
 
-def _view(tensor: Tensor | None) -> _View:
-    if tensor is None:
-        return _View()
-    return _View(tensor.data_ptr(), _FIVE(*tensor.stride()), TYPES[tensor.dtype])
+def _view(tensor: Tensor | None) -> tuple[int, ...]:
+    return _ABSENT if tensor is None else (tensor.data_ptr(), *tensor.stride(), TYPES[tensor.dtype])
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check(outcome: int) -> None:
