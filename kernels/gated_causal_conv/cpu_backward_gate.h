@@ -29,16 +29,28 @@ struct Slopes {
     Floats a, b;
 };
 
+struct Sigmoid {
+    Floats value, slope;
+};
+
+// With q = exp(-|b|) the slope is q / (1 + q)^2, exact to the end; 1 - sigmoid(b) would be zero from b = 17 on.
+inline Sigmoid sigmoid_and_slope(Floats b) {
+    const Floats q = exp_of_negative(-magnitude(b)), one = repeat(1.0f);
+    const Floats larger = one / (q + 1), smaller = q * larger;
+    return {b < 0 ? smaller : larger, smaller * larger};
+}
+
 // d/da and d/db of tanh(a) * sigmoid(b).
 inline Slopes slopes_of_gate(Floats a, Floats b) {
-    const Floats t = tanh(a), s = sigmoid(b), one = repeat(1.0f);
-    return {s * (one - t * t), t * (s * (one - s))};
+    const Sigmoid s = sigmoid_and_slope(b);
+    const Floats t = tanh(a);
+    return {s.value * (repeat(1.0f) - t * t), t * s.slope};
 }
 
 // The same of a * sigmoid(b).
 inline Slopes slopes_of_glu(Floats a, Floats b) {
-    const Floats s = sigmoid(b);
-    return {s, a * (s * (repeat(1.0f) - s))};
+    const Sigmoid s = sigmoid_and_slope(b);
+    return {s.value, a * s.slope};
 }
 
 // One row of every operand; what is absent is null. to: C channels (PLAIN) or both halves of 2C, not null.
