@@ -19,6 +19,7 @@ from sampling_cases import why_not
 from timing import Contestant, GateError, Race
 from torch import Tensor
 
+import fastvid
 from fastvid import ops
 from fastvid.models import preset
 from fastvid.models.registry import _Unfilled
@@ -117,12 +118,13 @@ class Row:
 
     @torch.no_grad()
     def naive_codes(self, number: int, count: int) -> Tensor:
-        """Some codes of the row, each by the whole network. -> [B, count]."""
+        """Some codes of the row, each by the whole network in plain torch. -> [B, count]."""
         (t, y), W = self.at, self.grid[2]
         gumbel = self.noise(number).row(t, y, W, self.stack.config.codes, self.codes.device)
         codes = self.codes.clone()
         for x in range(number % W, number % W + count):
-            logits = self.peer(codes, self.peer_condition)[:, t, y, x % W]
+            with fastvid.backend("reference"):
+                logits = self.peer(codes, self.peer_condition)[:, t, y, x % W]
             codes[:, t, y, x % W] = ops.draw(logits, gumbel[:, x % W])
         return codes[:, t, y]
 

@@ -9,6 +9,7 @@ from peak import floor
 from timing import Contestant, GateError, Race, threads
 from torch import Tensor
 
+import fastvid
 from fastvid import ops
 from fastvid.nn import GatedPixelStack, GatedStackConfig
 from fastvid.ops._op import SERVES
@@ -122,10 +123,13 @@ def _inputs(stack: GatedPixelStack, grid, positions, number: int, device: str) -
 
 @torch.no_grad()
 def _naive_codes(stack: GatedPixelStack, given: Inputs, positions) -> Tensor:
-    """What sample_naive does for each code, at some positions. The noise comes ready: that much it is favoured."""
+    """What sample_naive does for each code, at some positions, the network being plain torch's. The noise comes ready:
+    that much it is favoured."""
     codes = given.codes.clone()
     for (t, y, x), gumbel in zip(positions, given.gumbel, strict=True):
-        codes[:, t, y, x] = ops.draw(stack(codes, given.condition)[:, t, y, x], gumbel)
+        with fastvid.backend("reference"):
+            logits = stack(codes, given.condition)[:, t, y, x]
+        codes[:, t, y, x] = ops.draw(logits, gumbel)
     return codes
 
 
