@@ -119,7 +119,7 @@ step verify 120 "$python" bench/status.py --verify --json bench/results/
 list=$("$python" bench/run.py --list)
 [[ $list == *_gpu* ]] || failed+=("list of cases")
 cases '^sample_'
-step tune 120 "$python" bench/run.py --tune
+step tune 180 "$python" bench/run.py --tune
 cases '^[^s]'
 
 [ "${#late[@]}" = 0 ] || echo "gpu.sh: not done in time: ${late[*]}; call it again to go on."
