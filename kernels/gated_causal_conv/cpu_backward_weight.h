@@ -169,8 +169,9 @@ void pack_x(const T* from, int64_t step, int64_t channel_step, int64_t count, co
     for (int64_t p = 0; p < count; p += PACKED_AT_ONCE)
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
             const int64_t first = tiles.first(tile), rows = tiles.rows_of(tile);
+            float* strip = packed + first * positions + (at + p) * rows;
             pack_strip_of<TILE_ROWS, DENSE>(rows, from + p * step + first * channel_step, step, channel_step,
-                                            least(PACKED_AT_ONCE, count - p), packed + first * positions + (at + p) * rows);
+                                            least(PACKED_AT_ONCE, count - p), strip);
         }
 }
 

@@ -126,9 +126,9 @@ struct Sizes {
     std::vector<int32_t> offsets;
 
     Sizes() {
-        const bool large = between(0, 99) == 0;  // more than fits a slab or a panel of weights
-        const int64_t most[] = {4, 5, large ? 90 : 12}, reach[] = {2, 3, 4};
-        if (large) Cin = between(100, 300), Cout = 2 * between(50, 90), taps = between(1, 2);
+        const bool large = between(0, 39) == 0;  // more than one slab, block or group
+        const int64_t most[] = {4, 5, large ? 250 : 12}, reach[] = {2, 3, 4};
+        if (large) Cin = between(30, 150), Cout = 2 * between(20, 60), taps = between(1, 2);
         for (int axis = 0; axis < 3; ++axis) {
             in[axis] = between(1, most[axis]);
             const bool whole = between(0, 1);
