@@ -166,9 +166,9 @@ Outcome gated_causal_conv(const ConvCall& call) {
     __builtin_memset(plan.zeros, 0, (size_t)call.Cin * sizeof(float));
     for (int64_t i = 0; i < plan.panels * PANEL; ++i)
         plan.bias[i] = bias_at(call, column_of(plan, i / PANEL, i % PANEL));
-    if (plan.ahead || plan.staged) run_together(call.threads, prepare, &plan);
+    if (plan.ahead || plan.staged) run_together(plan.threads, prepare, &plan);
     const int64_t pieces = plan.blocks * plan.pieces_of_block;
-    run_together(pieces < call.threads ? (int)pieces : call.threads, multiply_pieces, &plan);
+    run_together((int)at_most(pieces, plan.threads), multiply_pieces, &plan);
     // no piece is left unless every thread went without memory
     return plan.next_piece < pieces ? NO_MEMORY : DONE;
 }

@@ -12,6 +12,7 @@ constexpr int64_t PANEL = 2 * LANES;      // columns of a panel
 constexpr int64_t MOST_BLOCK = 192;       // positions whose sums of one panel are in progress at once
 constexpr int64_t MOST_GROUP = 256;       // products that are summed before the sum joins the total
 constexpr int64_t WIDE = 8;               // panels that are packed together
+constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread
 static_assert(MOST_BLOCK % TILE_ROWS == 0);
 
 // Products that are summed in registers: elements [begin, end) of the rows of taps [first, last). What is in a group
@@ -27,6 +28,7 @@ struct Plan {
     int64_t N, block, blocks;     // positions, in the order t, b, y, x
     int64_t groups, taps_of_group, parts_of_tap;
     int64_t pieces_of_block;
+    int threads;
     bool ahead;                // all panels are packed before anything is multiplied, else where they are used
     int64_t together;          // panels whose sums of one block are in progress at once
     bool staged;               // x is copied to float32 rows first, as far as it is read
@@ -127,7 +129,10 @@ inline void make_plan(Plan& plan) {
                                         : (call.taps + plan.taps_of_group - 1) / plan.taps_of_group;
     plan.ahead = plan.blocks > 1;
     plan.together = plan.ahead ? 1 : at_most(WIDE, plan.panels);
-    const int64_t wanted = call.threads > 1 ? 8 * (int64_t)call.threads : 1;
+    const int64_t work = plan.N * call.taps * call.Cin * call.Cout;
+    plan.threads = (int)at_most(call.threads, 1 + work / THREAD_WORK);
+    // one thread takes a block at once; several even out by smaller pieces, but what is packed at use is packed wide
+    const int64_t wanted = plan.threads < 2 ? 1 : (plan.ahead ? 8 : 2) * (int64_t)plan.threads;
     plan.pieces_of_block = plan.blocks ? at_most((wanted + plan.blocks - 1) / plan.blocks, plan.panels) : 1;
     plan_rows(plan);
 }
