@@ -109,17 +109,20 @@ def _weight_kernel(
         o_y, o_x = o_n // WO + (start_y + dy), o_n % WO + (start_x + dx)
         m_x = m_n & (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W)
         o_row = o_y.to(tl.int64) * stride_xy + o_x.to(tl.int64) * stride_xx
-        p_x = x_ptr + (o_row[:, None] + o_i[None, :].to(tl.int64) * stride_xc)
+        p_x = x_ptr + (o_i[:, None].to(tl.int64) * stride_xc + o_row[None, :])  # turned: [BLOCK_I, BLOCK_N]
         p_grad = grad_ptr + (o_n[:, None].to(tl.int64) * COUT + o_o[None, :])
         i_first = tl.maximum(begin - i_place * run, 0).to(tl.int32)
         i_last = tl.minimum(end - i_place * run, run).to(tl.int32)
-        for i in tl.range(i_first, i_last):
-            i_b, i_t = (i // frames).to(tl.int64), i % frames + begin_t
+        i_b, i_t = (i_first // tl.maximum(frames, 1)).to(tl.int64), i_first % tl.maximum(frames, 1) + begin_t
+        for _ in tl.range(i_first, i_last):
             move = i_b * stride_xb + (i_t + (start_t + dt)).to(tl.int64) * stride_xt
-            b_x = _factor(tl.load(p_x + move, mask=m_x[:, None] & m_i[None, :], other=0.0))
+            b_x = _factor(tl.load(p_x + move, mask=m_i[:, None] & m_x[None, :], other=0.0))
             o_frame = (i_b * TO + i_t) * (HO * WO) * COUT
             b_grad = _factor(tl.load(p_grad + o_frame, mask=m_n[:, None] & m_o[None, :], other=0.0))
-            acc = tl.dot(tl.trans(b_x), b_grad, acc, input_precision="ieee")
+            acc = tl.dot(b_x, b_grad, acc, input_precision="ieee")
+            i_t += 1
+            full = i_t == begin_t + frames
+            i_b, i_t = i_b + full.to(tl.int64), tl.where(full, begin_t, i_t)
     p_part = part_ptr + ((i_split.to(tl.int64) * taps + i_tap) * CIN + o_i[:, None]) * COUT + o_o[None, :]
     tl.store(p_part, _rounded(acc, part_ptr.dtype.element_ty), mask=m_i[:, None] & m_o[None, :])
 

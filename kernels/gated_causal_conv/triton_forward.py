@@ -135,7 +135,7 @@ def _conv_kernel(
     o_row = _strided(o_b, i_t + start_t, o_y, o_x, stride_xb, stride_xt, stride_xy, stride_xx)
     p_x = x_ptr + (o_row[:, None] + o_i[None, :].to(tl.int64) * stride_xc)
     p_w = weight_ptr + (o_i[:, None].to(tl.int64) * stride_wi + o_o[None, :].to(tl.int64) * stride_wo)
-    half = COLUMNS.to(tl.int64) * stride_wo
+    half = tl.full((), COLUMNS, tl.int64) * stride_wo
     first, last = tl.load(frames_ptr + 2 * i_t), tl.load(frames_ptr + 2 * i_t + 1)
     p_tap = taps_ptr + 4 * first
     dt, dy, dx, i_w = tl.load(p_tap), tl.load(p_tap + 1), tl.load(p_tap + 2), tl.load(p_tap + 3)

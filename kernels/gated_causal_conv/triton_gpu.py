@@ -139,8 +139,8 @@ def gated_causal_conv_backward(
     none, to_x, to_weight, to_bias, to_addend = x.new_empty(0), *wanted
     grad, grad_bias = none, none
     if any(wanted):
-        needed = to_x or to_weight or to_addend
-        grad, grad_bias = _activation_gradient(x, weight, pre, grad_out, grad_pre, activation, needed, to_bias)
+        use = "own" if to_addend else "read" if to_x or to_weight else None
+        grad, grad_bias = _activation_gradient(x, weight, pre, grad_out, grad_pre, activation, use, to_bias)
     grad_x = none
     if to_x:
         back, start = [-d for d in taps], [-o for o in origin]
@@ -152,14 +152,19 @@ def gated_causal_conv_backward(
 
 def _activation_gradient(
     x: Tensor, weight: Tensor, pre: Tensor | None, grad_out: Tensor | None, grad_pre: Tensor | None, activation: str,
-    needed: bool, to_bias: bool,
+    use: str | None, to_bias: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """At the pre-activation sum, [B, *size, Cout] in x's dtype and packed (or [0]); and summed up, [Cout] (or [0])."""
+    """At the pre-activation sum, [B, *size, Cout] in x's dtype and packed (or [0]); and summed up, [Cout] (or [0]).
+
+    use: of the first; "own" if it must not share memory with grad_out, which is what it is without an activation.
+    """
     plain, Cout = activation == "none", weight.shape[2]
     grid, columns = (grad_pre if grad_out is None else grad_out).shape[:4], Cout if plain else Cout // 2
     N, shape = grid.numel(), (*grid, Cout)
-    as_it_is = plain and grad_pre is None and grad_out.dtype == x.dtype and grad_out.is_contiguous()
-    grad = x.new_empty(shape if needed and not as_it_is else 0)
+    as_it_is = (
+        use == "read" and plain and grad_pre is None and grad_out.dtype == x.dtype and grad_out.is_contiguous()
+    )
+    grad = x.new_empty(shape if use and not as_it_is else 0)
     if N and (grad.numel() or to_bias):
         block_n, block_o = _gate_tile(columns)
         rows = max(64, triton.cdiv(triton.cdiv(N, MOST_CHUNKS), block_n) * block_n)
@@ -174,7 +179,7 @@ def _activation_gradient(
         bias = _sum(part, x.new_empty(Cout)) if to_bias else x.new_empty(0)
     else:
         bias = x.new_zeros(Cout if to_bias else 0)
-    return grad_out if as_it_is and needed else grad, bias
+    return grad_out if as_it_is else grad, bias
 
 
 def _gate_tile(columns: int) -> tuple[int, int]:

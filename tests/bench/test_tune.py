@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
+from fastvid.kernels.gated_causal_conv import cases as conv_cases
+from fastvid.kernels.gated_causal_conv import reference as conv_reference
 from fastvid.kernels.nearest_codebook import cases, reference
 
 CONFIGS = [{"rows": 32}, {"rows": 64}, {"rows": 128}]
@@ -97,6 +99,58 @@ def test_the_benchmark_sizes_are_tuned(tmp_path):
         assert (size.N, size.K, size.D) in sizes
 
 
+# ---- the gated convolution
+
+
+def conv_room(tmp_path, spoil=lambda config, result: result) -> SimpleNamespace:
+    """The same for the convolution; the kinds of bucket it was asked for are in `kinds`."""
+    calls, kinds = [], []
+
+    def launch(*args):
+        calls.append(args[-1]["rows"])
+        return spoil(args[-1], conv_reference.gated_causal_conv(*args[:-1]))
+
+    def weight_gradient(x, grad, slices, taps, origin, config):
+        calls.append(config["rows"])
+        weight = x.new_empty(slices, x.shape[-1], grad.shape[-1])
+        args = x, weight, None, grad, None, taps, "none", origin, [False, True, False, False]
+        return spoil(config, conv_reference.gated_causal_conv_backward(*args))[1]
+
+    def tunable(kind, x, outputs):
+        kinds.append((kind, x.shape[-1], outputs))
+        return CONFIGS
+
+    return SimpleNamespace(
+        TUNED=tmp_path / "tuned.json", calls=calls, kinds=kinds, gated_causal_conv=launch, tunable=tunable,
+        weight_gradient=weight_gradient, bucket=lambda *key: "-".join(map(str, key)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, asked", [("gate", ("gate", 8, 16)), ("grad_x", ("plain", 16, 8)),
+                                         ("weight", ("weight", 8, 16))])  # fmt: skip
+def test_every_kind_of_convolution_is_tuned(tmp_path, kind, asked, dtype):
+    def spoil(config, results):
+        return [result * 1.1 if config["rows"] == 64 else result for result in results]
+
+    kernels, told = conv_room(tmp_path, spoil), []
+    case = conv_cases.Case("small", (2, 2, 3, 9), (8, 16), conv_cases.PLANE_XT, origin=(0, 1, 0), size=(2, 1, 9))
+    timer = clock(kernels, {32: 3e-3, 64: 1e-9, 128: 2e-3})
+    assert tune.tune_room(kernels, [tune.ConvJob("a", case, kind, dtype)], "GPU", "cpu", timer, told.append) == 1
+    assert json.loads(kernels.TUNED.read_text()) == {"GPU": {"a": {"rows": 128}}}
+    assert "refused" in told[0] and "roundings" in told[0] and kernels.kinds == [asked]
+
+
+def test_buckets_of_the_convolution(tmp_path):
+    jobs = tune.conv_jobs(conv_cases, conv_room(tmp_path))
+    assert jobs[0].case.name.startswith("paper") and len({job.key for job in jobs}) == len(jobs)
+    assert {job.kind for job in jobs} == {"gate", "grad_x", "weight"}
+    assert all(job.work >= tune.LEAST_WORK for job in jobs)
+
+
+# ---- on this machine
+
+
 def test_the_room_has_what_tuning_needs():
     pytest.importorskip("triton", reason="needs triton: pip install triton")
     from fastvid.kernels.nearest_codebook import triton_gpu
@@ -104,6 +158,15 @@ def test_the_room_has_what_tuning_needs():
     for job in tune.jobs_of(cases, triton_gpu):
         x, codebook = (torch.empty(rows, job.case.D, device="meta") for rows in (job.case.N, job.case.K))
         assert len(triton_gpu.tunable(x, codebook, job.precision)) > 1
+    assert triton_gpu.TUNED.name == "tuned.json"
+
+
+def test_the_room_of_the_convolution_has_what_tuning_needs():
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    from fastvid.kernels.gated_causal_conv import triton_gpu
+
+    for job in tune.conv_jobs(conv_cases, triton_gpu):
+        assert job.configs(triton_gpu, job.make("meta")), job
     assert triton_gpu.TUNED.name == "tuned.json"
 
 

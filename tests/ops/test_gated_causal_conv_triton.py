@@ -263,6 +263,7 @@ def test_only_what_is_wanted(activation, device):
         assert torch.equal(alone[i], everything[i])
         assert all(t.shape == (0,) for t, asked in zip(alone, wanted, strict=True) if not asked)
     assert all(t.shape == (0,) for t in triton_gpu.gated_causal_conv_backward(*args, [False] * 4))
+    assert everything[3].data_ptr() != args[3].data_ptr()  # an output that shares an input's memory is none
 
 
 def test_a_gradient_of_pre_alone(device):
