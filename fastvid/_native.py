@@ -2,11 +2,13 @@
 
 Everything fastvid does also works without them, through torch. FASTVID_NATIVE=off leaves them alone;
 FASTVID_ISA=generic, v2, v3 or v4 makes the CPU library use a lower instruction set level than the processor's best.
+FASTVID_THREADS=own gives it threads of its own; otherwise it works on those of the OpenMP runtime that torch brought.
 """
 
 import ctypes
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ SIGNATURES = {
         "fastvid_cpu_isa": (TEXT, ()),
         "fastvid_cpu_best_isa": (TEXT, ()),
         "fastvid_cpu_use_isa": (INT, (TEXT,)),
+        "fastvid_cpu_use_threads_of": (None, (POINTER, POINTER)),  # GOMP_parallel, omp_get_max_threads
         "fastvid_nearest_codebook": (
             INT,
             # x, x_type, stride_xn, codebook, N, K, D
@@ -85,8 +88,43 @@ def _open(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         _type_functions(library, SIGNATURES[name])
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded ({error}); build it again: pip install -e ."
-    wrong = _use_isa(library) if name == "cpu" else None
-    return (None, wrong) if wrong else (library, None)
+    if name != "cpu":
+        return library, None
+    if wrong := _use_isa(library) or _use_threads(library):
+        return None, wrong
+    return library, None
+
+
+def threads() -> str:
+    """Whose threads the CPU library works on: the file name of an OpenMP runtime, or "own"."""
+    runtime = _openmp() if os.environ.get("FASTVID_THREADS", "") != "own" else None
+    return Path(runtime._name).name if runtime else "own"
+
+
+def _use_threads(library: ctypes.CDLL) -> str | None:
+    wanted = os.environ.get("FASTVID_THREADS", "")
+    if wanted not in ("", "own"):
+        return f"FASTVID_THREADS={wanted} is unknown; set it to own, or unset it to share torch's threads"
+    runtime = None if wanted else _openmp()
+    if runtime:
+        entries = runtime.GOMP_parallel, runtime.omp_get_max_threads
+        library.fastvid_cpu_use_threads_of(*(ctypes.cast(entry, POINTER) for entry in entries))
+    return None
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that is loaded in this process, torch's where there are several; None where there is none."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in lines if re.search(r"/lib(gomp|omp|iomp5)\b[^/]*$", line)}
+    for path in sorted(paths, key=lambda path: "/torch/" not in path):
+        runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)  # as it is already; not from wherever a name would lead
+        if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_max_threads"):
+            return runtime
+    return None
 
 
 def _use_isa(library: ctypes.CDLL) -> str | None:

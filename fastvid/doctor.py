@@ -10,7 +10,7 @@ from fastvid import __version__, _native, laws, ops
 from fastvid.models import list_models
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "av", "tqdm", "tyro")
-VARIABLES = ("FASTVID_BACKEND", "FASTVID_NATIVE", "FASTVID_ISA", "TRITON_INTERPRET")
+VARIABLES = ("FASTVID_BACKEND", "FASTVID_NATIVE", "FASTVID_ISA", "FASTVID_THREADS", "TRITON_INTERPRET")
 
 
 def findings() -> list[str]:
@@ -18,7 +18,7 @@ def findings() -> list[str]:
     lines = [
         f"fastvid {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"packages: {', '.join(f'{name} {_version(name)}' for name in PACKAGES)}",
-        f"threads: {torch.get_num_threads()} of {os.cpu_count()} processors",
+        f"threads: {torch.get_num_threads()} of {os.cpu_count()} processors; native kernels share those of {_shared()}",
         *(f"native {name} library: {_library(name)}" for name in _native.SIGNATURES),
         *(f"GPU: {gpu}" for gpu in _gpus()),
         f"models: {', '.join(list_models()) or 'none'}",
@@ -29,6 +29,11 @@ def findings() -> list[str]:
         lines += [_explained(subject, device) for subject in laws.subjects()]
         lines += [f"{', '.join(ops.REFERENCE_ONLY)}\n  reference: serves"]
     return lines
+
+
+def _shared() -> str:
+    whose = _native.threads()
+    return "nobody" if whose == "own" else whose
 
 
 def _version(name: str) -> str:

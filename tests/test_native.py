@@ -3,12 +3,14 @@
 import ctypes
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastvid
 from fastvid import _native
@@ -165,6 +167,29 @@ again = _cpu.nearest_codebook(x, codebook)
 print(os.waitstatus_to_exitcode(status), all(torch.equal(a, b) for a, b in zip(before, again)))
 """)
     assert told == "0 True"
+
+
+WHOSE_THREADS = """
+import torch
+from fastvid import _native
+from fastvid.ops import _cpu
+generator = torch.Generator().manual_seed(0)
+near = _cpu.nearest_codebook(torch.randn(3000, 8, generator=generator), torch.randn(40, 8, generator=generator))
+print(_native.threads(), float(near[4].sum()).hex(), int(near[0].sum()))
+"""
+
+
+def test_the_kernels_work_on_torchs_threads_or_on_their_own(library):
+    shared, *bits = python(WHOSE_THREADS, FASTVID_THREADS="").split()
+    own, *same = python(WHOSE_THREADS, FASTVID_THREADS="own").split()
+    assert bits == same and own == "own"
+    if "OpenMP" in torch.__config__.parallel_info():
+        assert re.search("lib(gomp|omp|iomp5)", shared)
+
+
+def test_unknown_threads_are_a_reason(library):
+    asked = "from fastvid import _native; print(_native.load(), _native.why_not())"
+    assert python(asked, FASTVID_THREADS="mine").startswith("None FASTVID_THREADS=mine is unknown")
 
 
 def test_python_threads_may_call_at_once(library):

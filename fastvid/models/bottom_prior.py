@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastvid.nn import GatedPixelStack, GatedStackConfig, ResidualBlock3d
+from fastvid.nn import Conv3d, GatedPixelStack, GatedStackConfig, ResidualBlock3d
 
 ABSENT = -1  # the code of a slice before the first
 
@@ -67,10 +67,10 @@ class BottomConditioning(nn.Module):
         self.top_branch = nn.Sequential(
             nn.ConvTranspose3d(e, b, (4, 3, 3), (2, 1, 1), padding=1), nn.ReLU(),
             nn.ConvTranspose3d(b, b, (3, 4, 4), (1, 2, 2), padding=1), nn.ReLU(),
-            nn.Conv3d(b, width, 3, padding=1),
+            Conv3d(b, width, 3, padding=1),
         )
         self.window_branch = nn.Sequential(*_fold_window(config))
-        self.merge = nn.Conv3d(2 * width, width, 1)
+        self.merge = Conv3d(2 * width, width, 1)
         self.mix = nn.Sequential(*(ResidualBlock3d(width, config.inner, (1, 3, 3)) for _ in range(config.blocks)))
 
     def above(self, top: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastvid.nn import GatedPixelStack, GatedStackConfig, ResidualBlock3d
+from fastvid.nn import Conv3d, GatedPixelStack, GatedStackConfig, ResidualBlock3d
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TopConditioning(nn.Module):
         # without it the repeated summaries would differ only where the convolution meets the border
         self.step_bias = nn.Parameter(torch.zeros(1, config.squeeze, config.steps, 1, 1))
         self.mix = nn.Sequential(
-            nn.Conv3d(config.squeeze, width, 3, padding=1),
+            Conv3d(config.squeeze, width, 3, padding=1),
             *(ResidualBlock3d(width, config.inner) for _ in range(config.blocks)),
         )
 

@@ -2,14 +2,15 @@
 
 from fastvid.nn.attention import CausalAttention
 from fastvid.nn.codebook import perplexity
-from fastvid.nn.conv import GatedCausalConv3d, ResidualBlock3d
+from fastvid.nn.conv import GatedCausalConv3d
+from fastvid.nn.dense import Conv3d, ResidualBlock3d
 from fastvid.nn.gated import GatedPixelBlock, GatedPixelStack, GatedStackConfig, code_loss
 from fastvid.nn.live_kernel import raster_taps
 from fastvid.nn.masked import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d, MaskedConv3d
 from fastvid.nn.quantize import VectorQuantize
 
 __all__ = [
-    "CausalAttention", "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d", "GatedPixelBlock",
-    "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "VectorQuantize",
-    "code_loss", "perplexity", "raster_taps",
+    "CausalAttention", "Conv3d", "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d",
+    "GatedPixelBlock", "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d",
+    "VectorQuantize", "code_loss", "perplexity", "raster_taps",
 ]

@@ -1,4 +1,4 @@
-"""Convolutional parts that work on whole grids: the gated causal convolution, and the autoencoder's residual block."""
+"""The gated causal convolution as a module over channels-last grids."""
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +56,3 @@ class GatedCausalConv3d(nn.Module):
         """Sizes, for printing."""
         taps, cin, cout = self.weight.shape
         return f"{cin}, {cout}, taps={taps}, activation={self.activation!r}, bias={self.bias is not None}"
-
-
-class ResidualBlock3d(nn.Module):
-    """x + Conv1(ReLU(Conv3(ReLU(x)))): the residual block of VQ-VAE-2 in three dimensions.
-
-    channels, inner: outer and inner width; kernel: extents of the wide convolution, odd, zero-padded to keep the size.
-    Source:          Razavi et al. 2019, arXiv:1906.00446.
-    """
-
-    def __init__(self, channels: int, inner: int, kernel: tuple[int, int, int] = (3, 3, 3)):
-        super().__init__()
-        self.body = nn.Sequential(
-            # not in place: the skip must carry the un-rectified input
-            nn.ReLU(), nn.Conv3d(channels, inner, kernel, padding=tuple(k // 2 for k in kernel)),
-            nn.ReLU(), nn.Conv3d(inner, channels, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> the same shape."""
-        return x + self.body(x)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastvid.errors import BackendError, UsageError
 
 KNOWN = ("triton", "cuda", "cpu", "reference")
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may have ideas of its own
 SERVES, LATER = "serves", "comes later in the order"
 OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
 
@@ -151,16 +152,36 @@ class Op:
         positional = [a for a in self.torch_op.default._schema.arguments if not a.kwarg_only]
         self._names = [argument.name for argument in positional]
         self._defaults = [argument.default_value for argument in positional]
+        self.writes = self.torch_op.default._schema.is_mutable
         self._returns = [returned.name for returned in self.torch_op.default._schema.returns]
 
     def __call__(self, *args, backend: str | None = None, **kwargs):
         args, kwargs = self._settled(args, kwargs)
+        if not kwargs and len(args) == len(self._names) and self._alone(args):
+            outputs = self._recorded(args, backend or "").run(*args)
+            return outputs[0] if self.result is Tensor else self.result(*outputs)
         # torch would take what an op without a gradient writes for something to differentiate
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             outputs = self.torch_op(*args, **kwargs, backend=backend or "")
         if self.result in (None, Tensor):
             return outputs
         return self.result(**dict(zip(self._returns, outputs, strict=True)))
+
+    def _alone(self, args: tuple) -> bool:
+        """Whether nobody would see the call pass through torch, which takes longer than a small kernel: no gradient, no
+        tracing, transforming, faking or profiling, and no argument that is written to."""
+        if self.writes or torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+            return False
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+            return False
+        differentiates = self.differentiable and torch.is_grad_enabled()
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in PLAIN or arg.is_meta or (differentiates and arg.requires_grad):
+                    return False
+        return True
 
     def bind(self, *args, backend: str | None = None, **kwargs) -> Callable[..., Any]:
         """The chosen backend's bare launcher, for inner loops that call it on arguments like these.

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/pool.h"
 #include "gated_causal_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
 #include "pixelcnn_sampler/cpu.h"
@@ -79,6 +80,11 @@ FASTVID_API int fastvid_cpu_use_isa(const char* name) {
         ++rank;
     }
     return 1;
+}
+
+// Helpers are from now on those of the OpenMP runtime that has these two functions, or our own for null; see common/pool.h.
+FASTVID_API void fastvid_cpu_use_threads_of(fastvid::Parallel gomp_parallel, fastvid::MostThreads omp_get_max_threads) {
+    fastvid::use_threads_of(gomp_parallel, omp_get_max_threads);
 }
 
 // See nearest_codebook/cpu.h for the arguments and the outcome.

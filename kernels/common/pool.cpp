@@ -34,12 +34,35 @@ bool spin_until(Condition done) {
     return done();
 }
 
+std::atomic<Parallel> shared_parallel{nullptr};
+std::atomic<MostThreads> shared_most{nullptr};
+
+// One job on the threads of an OpenMP runtime. Its team keeps its size, since it would end and start threads to change
+// it; who is too many goes home.
+struct SharedJob {
+    void (*work)(void*);
+    void* context;
+    pthread_t caller;
+    std::atomic<int> places;
+
+    static void enter(void* shared) {
+        SharedJob& job = *(SharedJob*)shared;
+        const bool called = pthread_equal(job.caller, pthread_self());
+        if (called || job.places.fetch_sub(1, std::memory_order_relaxed) > 0) job.work(job.context);
+    }
+};
+
 class Pool {
   public:
     void run(int threads, void (*work)(void*), void* context) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         // two callers on one machine gain nothing from helpers: the second works alone rather than wait
         if (threads <= 1 || !turn.owns_lock()) return work(context);
+        if (const Parallel parallel = shared_parallel.load(std::memory_order_acquire)) {
+            SharedJob job{work, context, pthread_self(), threads - 1};
+            const int most = shared_most.load(std::memory_order_relaxed)();
+            return parallel(SharedJob::enter, &job, (unsigned)(most > threads ? most : threads), 0);
+        }
         grow(threads - 1);
         {
             std::lock_guard<std::mutex> guard(lock_);
@@ -109,7 +132,10 @@ alignas(Pool) unsigned char storage[sizeof(Pool)];
 Pool& pool() {
     static Pool* made = [] {
         // a child has the memory of the threads but not the threads, nor whoever held the locks: it starts afresh
-        pthread_atfork(nullptr, nullptr, [] { new (storage) Pool; });
+        pthread_atfork(nullptr, nullptr, [] {
+            shared_parallel.store(nullptr);  // an OpenMP runtime waits in a child for threads that are not there
+            new (storage) Pool;
+        });
         return new (storage) Pool;
     }();
     return *made;
@@ -118,5 +144,11 @@ Pool& pool() {
 }  // namespace
 
 void run_together(int threads, void (*work)(void*), void* context) { pool().run(threads, work, context); }
+
+void use_threads_of(Parallel parallel, MostThreads most_threads) {
+    pool();  // hears of forks from now on
+    shared_most.store(most_threads);
+    shared_parallel.store(most_threads ? parallel : nullptr, std::memory_order_release);
+}
 
 }  // namespace fastvid

@@ -77,6 +77,21 @@ def test_a_training_step_compiles_with_inductor():
     test_a_training_step_compiles_whole("inductor")
 
 
+def test_who_watches_torch_sees_every_call():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, codebook = rows(5, 3), rows(4, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(ops.nearest_codebook(x, codebook).quantized) is not torch.Tensor
+    traced = make_fx(lambda x: ops.nearest_codebook(x, codebook).indices)(x)
+    assert "nearest_codebook" in traced.code
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.nearest_codebook(x, codebook)
+    assert "fastvid::nearest_codebook" in {event.key for event in profile.key_averages()}
+    assert ops.nearest_codebook(x.to("meta"), codebook.to("meta")).indices.is_meta
+
+
 class Lookup(torch.nn.Module):
     def __init__(self):
         super().__init__()
