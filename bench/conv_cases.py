@@ -22,7 +22,7 @@ from fastvid import ops
 from fastvid.ops._op import SERVES
 from fastvid.testing import assert_within_yardstick
 
-OURS, PEERS = 2.0, 8.0  # how many times plain torch's error is allowed: ours, and a peer that does the same job
+OURS, PEERS = 2.0, 16.0  # how many times plain torch's error is allowed: ours, and a peer that does the same job
 PARTS = ("out", "grad_x", "grad_weight", "grad_bias")
 
 
