@@ -15,6 +15,7 @@ triton keeps. A reading is a plain dict, as it stands in the report `kernels/<ro
     stack, spill_stores, spill_loads    bytes of local (AMD: scratch) memory per thread; left out where zero
 """
 
+import hashlib
 import itertools
 import re
 import struct
@@ -250,3 +251,33 @@ def _instructions(counts: Counter, loads: Counter, matrix: Counter) -> Reading:
 
 def _present(**values: int) -> Reading:
     return {name: value for name, value in values.items() if value}
+
+
+def sources_hash(source: Path) -> str:
+    """Of everything that decides what is read of a room's kernels, the compiler apart. source: its triton_gpu.py."""
+    readers = [Path(__file__).with_name(name) for name in ("machine_code.py", "static.py")]
+    paths = [*sorted(source.parent.glob("*.py")), *sorted(source.parent.parent.glob("common/*.py")), *readers]
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()[:16]
+
+
+def table(room: str, specs: list[dict[str, Any]], readings: dict[str, dict[str, Reading]]) -> str:
+    """The readings of a room as a Markdown table."""
+    head = ["kernel", "chip", "registers", "shared", "blocks", "warps", "128-bit", "matrix", "spilled", "instructions"]
+    rows = [head, ["---"] * len(head)]
+    for spec in specs:
+        for target, reading in readings[spec["name"]].items():
+            rows.append([spec["name"], target, *(_cells(CHIPS[target], reading))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([f"\n{room}\n", *(f"| {line} |" for line in lines), ""])
+
+
+def _cells(chip: Chip, reading: Reading) -> list[str]:
+    if "error" in reading:
+        return [reading["error"], *[""] * 7]
+    wide = f"{reading['wide']:.0f}%" if "wide" in reading else "-"
+    kinds = " ".join(f"{count} {kind}" for kind, count in reading.get("matrix", {}).items())
+    spilled = reading.get("spill_stores", 0) or reading.get("stack", 0)
+    return [str(reading["registers"]), f"{reading['shared'] / 1024:.1f} KB", str(reading["blocks"]),
+            f"{reading['warps']} of {chip.warps}", wide, kinds or "-", f"{spilled} B" if spilled else "-",
+            str(reading["instructions"])]  # fmt: skip

@@ -3,6 +3,7 @@
     python bench/static.py                            compile and hold against kernels/<room>/static.json
     python bench/static.py --table                    the same, and print what was read
     python bench/static.py --room nearest_codebook    these rooms alone; --target sm_90: these chips alone
+    python bench/static.py --changed                  a room whose report is of these very sources: one chip alone
     python bench/static.py --write                    write the reports, where no guard forbids it
 
 A kernel is whatever the `variants()` of a `kernels/*/triton_gpu.py` names. Compiled code is kept in out/static/, so
@@ -16,6 +17,7 @@ Exit codes: 0; 1 with one line for each fall; 2 for a wrong command line or a ma
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -28,11 +30,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine_code import CHIPS, Chip, Reading, disassemble, read_amd, read_nvidia, read_sass
+from machine_code import CHIPS, Chip, Reading, disassemble, read_amd, read_nvidia, read_sass, sources_hash, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MORE_REGISTERS, LESS_WIDE = 1.10, 1.0  # a factor; percent points
-SOURCE, REPORT = "triton_gpu.py", "static.json"
+SOURCE, REPORT, SAMPLE = "triton_gpu.py", "static.json", "sm_90"
 
 Readings = dict[str, dict[str, Reading]]  # variant -> chip -> reading
 Spec = dict[str, Any]  # what a variant asks for: name, matrix, precision, targets
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench/static.py", description=__doc__.splitlines()[0])
     parser.add_argument("--room", nargs="+", metavar="NAME", help="only these rooms")
     parser.add_argument("--target", nargs="+", metavar="CHIP", choices=list(CHIPS), help=f"only of {', '.join(CHIPS)}")
+    parser.add_argument("--changed", action="store_true", help=f"rooms as their reports know them: of {SAMPLE} alone")
     parser.add_argument("--write", action="store_true", help="write the reports")
     parser.add_argument("--table", action="store_true", help="print every reading")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compilers at once (default 2)")
@@ -73,15 +76,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    if asked.write and asked.target:
-        raise StaticError("--write needs every chip; leave --target out")
+    if asked.write and (asked.target or asked.changed):
+        raise StaticError("--write needs every chip; leave --target and --changed out")
     rooms = _rooms(asked.kernels, asked.room)
     _prepare()
-    targets = asked.target or list(CHIPS)
-    version, specs, readings = measure(rooms, targets, asked.jobs)
+    found, count, version = [], 0, importlib.metadata.version("triton")
+    for targets, some in _shares(rooms, asked, version).items():
+        told, compiled = _hold(some, list(targets), version, asked)
+        found, count = found + told, count + compiled
+    print("\n".join([*found, f"static: {count} kernels compiled by triton {version}, {len(found)} falls"]))
+    return 1 if found else 0
+
+
+def _shares(rooms: dict[str, Path], asked: argparse.Namespace, version: str) -> dict[tuple[str, ...], dict[str, Path]]:
+    """Rooms by the chips that they are compiled for: a report says what would come out of the sources it is of."""
+    shares: dict[tuple[str, ...], dict[str, Path]] = {}
+    for room, source in rooms.items():
+        report = _report_of(source) if asked.changed else None
+        same = report is not None and (report.get("sources"), report["triton"]) == (sources_hash(source), version)
+        shares.setdefault(tuple(asked.target or ([SAMPLE] if same else CHIPS)), {})[room] = source
+    return shares
+
+
+def _report_of(source: Path) -> dict[str, Any] | None:
+    return read_report(source.with_name(REPORT)) if source.with_name(REPORT).exists() else None
+
+
+def _hold(
+    rooms: dict[str, Path], targets: list[str], version: str, asked: argparse.Namespace
+) -> tuple[list[str], int]:
+    """Compiles some rooms and holds them against their reports, or writes these. Returns falls and kernels."""
+    _, specs, readings = measure(rooms, targets, asked.jobs)
     found = []
     for room, source in rooms.items():
-        report = read_report(source.with_name(REPORT)) if source.with_name(REPORT).exists() else None
+        report = _report_of(source)
         if asked.table:
             print(table(room, specs[room], readings[room]))
         if not asked.write:
@@ -92,10 +120,8 @@ def _run(asked: argparse.Namespace) -> int:
         elif lines := [line for spec in specs[room] for line in absolute_falls(spec, readings[room][spec["name"]])]:
             found += [f"{room}: {line}; not written" for line in lines]
         else:
-            write_report(source.with_name(REPORT), version, readings[room])
-    count = sum(len(chips) for variants in readings.values() for chips in variants.values())
-    print("\n".join([*found, f"static: {count} kernels compiled by triton {version}, {len(found)} falls"]))
-    return 1 if found else 0
+            write_report(source.with_name(REPORT), version, readings[room], sources_hash(source))
+    return found, sum(len(chips) for variants in readings.values() for chips in variants.values())
 
 
 def _rooms(kernels: Path, only: list[str] | None) -> dict[str, Path]:
@@ -336,7 +362,7 @@ def worse(reading: Reading, recorded: Reading) -> list[str]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """{"triton": version, "kernels": {variant: {chip: reading}}}.
+    """{"triton": version, "sources": hash, "kernels": {variant: {chip: reading}}}; older ones lack the hash.
 
     Raises: StaticError where the file is not such a report.
     """
@@ -348,37 +374,15 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def write_report(path: Path, version: str, readings: Readings) -> None:
+def write_report(path: Path, version: str, readings: Readings, sources: str) -> None:
     """Writes a report with one line for each kernel and chip, in a stable order."""
     rows = []
     for name in sorted(readings):
         chips = [f'   "{target}": {json.dumps(readings[name][target])}' for target in CHIPS if target in readings[name]]
         rows.append(f'  "{name}": {{\n' + ",\n".join(chips) + "\n  }")
-    text = f'{{\n "triton": "{version}",\n "kernels": {{\n' + ",\n".join(rows) + "\n }\n}\n"
+    head = f'"triton": "{version}",\n "sources": "{sources}"'
+    text = f'{{\n {head},\n "kernels": {{\n' + ",\n".join(rows) + "\n }\n}\n"
     path.write_text(text, encoding="utf-8")
-
-
-def table(room: str, specs: list[Spec], readings: Readings) -> str:
-    """The readings of a room as a Markdown table."""
-    head = ["kernel", "chip", "registers", "shared", "blocks", "warps", "128-bit", "matrix", "spilled", "instructions"]
-    rows = [head, ["---"] * len(head)]
-    for spec in specs:
-        for target, reading in readings[spec["name"]].items():
-            rows.append([spec["name"], target, *(_cells(CHIPS[target], reading))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([f"\n{room}\n", *(f"| {line} |" for line in lines), ""])
-
-
-def _cells(chip: Chip, reading: Reading) -> list[str]:
-    if "error" in reading:
-        return [reading["error"], *[""] * 7]
-    wide = f"{reading['wide']:.0f}%" if "wide" in reading else "-"
-    kinds = " ".join(f"{count} {kind}" for kind, count in reading.get("matrix", {}).items())
-    spilled = reading.get("spill_stores", 0) or reading.get("stack", 0)
-    return [str(reading["registers"]), f"{reading['shared'] / 1024:.1f} KB", str(reading["blocks"]),
-            f"{reading['warps']} of {chip.warps}", wide, kinds or "-", f"{spilled} B" if spilled else "-",
-            str(reading["instructions"])]  # fmt: skip
 
 
 if __name__ == "__main__":

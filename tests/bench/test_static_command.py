@@ -28,7 +28,7 @@ def toy_room(folder: Path, text: str) -> list[str]:
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--write", "--target", "sm_90"], "leave --target out"),
+        (["--write", "--target", "sm_90"], "leave --target and --changed out"),
         (["--room", "nonsense"], "no triton_gpu.py in nonsense"),
         (["--kernels", str(ROOT / "fastvid")], "no triton_gpu.py in"),
     ],

@@ -3,6 +3,7 @@
 Kernels are compiled in processes of their own, so that nothing here depends on whether triton interprets in this one.
 """
 
+import argparse
 import copy
 import importlib
 import importlib.util
@@ -43,8 +44,35 @@ def run_static(*arguments: str, cache: Path | None = None) -> subprocess.Complet
 
 @needs_triton
 def test_shipped_kernels():
+    # for every chip where a source is newer than its report, else for one: they would come out as the report says
+    told = run_static("--changed")
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+@needs_triton
+@pytest.mark.slow
+def test_shipped_kernels_for_every_chip():
     told = run_static()
     assert told.returncode == 0, told.stdout + told.stderr
+
+
+def test_a_report_is_believed_of_its_own_sources_alone(tmp_path):
+    (tmp_path / "common").mkdir()
+    source = tmp_path / "room" / "triton_gpu.py"
+    source.parent.mkdir()
+    source.write_text("one = 1")
+    rooms, asked = {"room": source}, argparse.Namespace(changed=True, target=None)
+    report = source.with_name("static.json")
+    assert static._shares(rooms, asked, "3.7.1") == {tuple(static.CHIPS): rooms}, "there is no report"
+    static.write_report(report, "3.7.1", {}, static.sources_hash(source))
+    assert static._shares(rooms, asked, "3.7.1") == {("sm_90",): rooms}
+    assert static._shares(rooms, asked, "3.8.0") == {tuple(static.CHIPS): rooms}, "another compiler"
+    source.write_text("one = 2")
+    assert static._shares(rooms, asked, "3.7.1") == {tuple(static.CHIPS): rooms}, "another source"
+    (tmp_path / "common" / "variant.py").write_text("")
+    static.write_report(report, "3.7.1", {}, static.sources_hash(source))
+    (tmp_path / "common" / "variant.py").write_text("new = True")
+    assert static._shares(rooms, asked, "3.7.1") == {tuple(static.CHIPS): rooms}, "another source of all rooms"
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not installed")
