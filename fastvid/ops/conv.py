@@ -9,6 +9,7 @@ from torch import Tensor
 from fastvid.kernels.gated_causal_conv import reference
 from fastvid.kernels.gated_causal_conv.reference import ACTIVATIONS, Tap
 from fastvid.ops import _cpu_conv
+from fastvid.ops._autocast import autocast
 from fastvid.ops._op import Backend, lazy, never, op, triton
 
 TRITON = "gated_causal_conv.triton_gpu"
@@ -144,7 +145,7 @@ def gated_causal_conv(
         raise ValueError(f"gated_causal_conv: `activation` must be one of {known}, got {activation!r}.")
     if any(dt > 0 for dt, _, _ in taps):
         raise ValueError(f"gated_causal_conv: `taps` must have dt <= 0, later frames are unknown; got {tuple(taps)}.")
-    x, weight, bias, addend = _autocast(x, weight, bias, addend)
+    x, weight, bias, addend = autocast(x, weight, bias, addend)
     size = [*x.shape[1:4]] if size is None else [*size]
     _check_shapes(x, weight, bias, len(taps), addend, residual, activation, size)
     given = [tensor for tensor in (x, weight, bias, addend, residual) if tensor is not None]
@@ -154,16 +155,6 @@ def gated_causal_conv(
     keep = keep or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
     flat = [offset for tap in taps for offset in tap]
     return x, weight, bias, flat, addend, residual, activation, [*origin], size, keep
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where that is on: it leaves float64 alone, as it does in torch."""
-    device = x.device.type
-    known = torch.amp.is_autocast_available(device)  # meta tensors know no autocast
-    if not known or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 
 def _check_shapes(x, weight, bias, taps: int, addend, residual, activation: str, size: list[int]) -> None:
