@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-ABI_VERSION = 5  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 6  # raised together with kernels/common/abi.cpp whenever a signature below changes
 
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
@@ -51,6 +51,10 @@ SIGNATURES = {
         "fastvid_gated_causal_conv": (INT, (POINTER,)),
         "fastvid_gate_backward": (INT, (POINTER,)),
         "fastvid_weight_gradient": (INT, (POINTER,)),
+        # an AttentionCall, an AttentionGradCall, a SelfAttentionCall of kernels/axial_attention/cpu.h
+        "fastvid_axial_attention": (INT, (POINTER,)),
+        "fastvid_axial_attention_backward": (INT, (POINTER,)),
+        "fastvid_axial_self_attention": (INT, (POINTER,)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "axial_attention/cpu.h"
 #include "common/pool.h"
 #include "gated_causal_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
@@ -23,13 +24,17 @@ struct Level {
     fastvid::Outcome (*gated_causal_conv)(const fastvid::ConvCall&);
     fastvid::Outcome (*gate_backward)(const fastvid::GateCall&);
     fastvid::Outcome (*weight_gradient)(const fastvid::WeightGradCall&);
+    fastvid::Outcome (*axial_attention)(const fastvid::AttentionCall&);
+    fastvid::Outcome (*axial_attention_backward)(const fastvid::AttentionGradCall&);
+    fastvid::Outcome (*axial_self_attention)(const fastvid::SelfAttentionCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
     {#level, fastvid::level::nearest_codebook, fastvid::level::update_codebook, fastvid::level::sampler_bytes,   \
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
      fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
-     fastvid::level::weight_gradient}
+     fastvid::level::weight_gradient, fastvid::level::axial_attention, fastvid::level::axial_attention_backward,  \
+     fastvid::level::axial_self_attention}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -60,7 +65,7 @@ std::atomic<const Level*> chosen{&levels[processor_rank()]};
 }  // namespace
 
 // Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 5; }
+FASTVID_API int fastvid_abi_version(void) { return 6; }
 
 // The instruction set level in use: "generic", "v2", "v3" or "v4".
 FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
@@ -139,4 +144,17 @@ FASTVID_API int fastvid_gate_backward(const fastvid::GateCall* call) { return ch
 
 FASTVID_API int fastvid_weight_gradient(const fastvid::WeightGradCall* call) {
     return chosen.load()->weight_gradient(*call);
+}
+
+// See axial_attention/cpu.h for the three calls.
+FASTVID_API int fastvid_axial_attention(const fastvid::AttentionCall* call) {
+    return chosen.load()->axial_attention(*call);
+}
+
+FASTVID_API int fastvid_axial_attention_backward(const fastvid::AttentionGradCall* call) {
+    return chosen.load()->axial_attention_backward(*call);
+}
+
+FASTVID_API int fastvid_axial_self_attention(const fastvid::SelfAttentionCall* call) {
+    return chosen.load()->axial_self_attention(*call);
 }
