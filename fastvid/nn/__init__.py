@@ -1,6 +1,6 @@
 """Drop-in torch modules."""
 
-from fastvid.nn.attention import CausalAttention
+from fastvid.nn.attention import AttentionCache, CausalAttention3d
 from fastvid.nn.codebook import perplexity
 from fastvid.nn.conv import GatedCausalConv3d
 from fastvid.nn.dense import Conv3d, ResidualBlock3d
@@ -10,7 +10,7 @@ from fastvid.nn.masked import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d,
 from fastvid.nn.quantize import VectorQuantize
 
 __all__ = [
-    "CausalAttention", "Conv3d", "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d",
-    "GatedPixelBlock", "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d",
-    "VectorQuantize", "code_loss", "perplexity", "raster_taps",
+    "AttentionCache", "CausalAttention3d", "Conv3d", "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d",
+    "GatedCausalConv3d", "GatedPixelBlock", "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d",
+    "ResidualBlock3d", "VectorQuantize", "code_loss", "perplexity", "raster_taps",
 ]

@@ -1,20 +1,30 @@
 """Causal attention over the earlier positions of a video grid: all of them in raster order, or those on its axes."""
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvid import ops
 
-class CausalAttention(nn.Module):
+
+class AttentionCache(NamedTuple):
+    """What CausalAttention3d.step remembers: written for the positions so far, in raster order."""
+
+    keys: Tensor  # [B, T, H, W, A, E]
+    values: Tensor  # [B, T, H, W, A, E]
+    placed: Tensor  # [T, H, W, 3C], what the coordinates add to queries, keys and values
+
+
+class CausalAttention3d(nn.Module):
     """Multi-head attention in which a position sees itself and earlier ones; queries, keys and values know where they
     are by three coordinates in [-0.5, 0.5).
 
     channels, heads: C and A; the heads are C / A wide.
     axial:           False: every earlier position in raster order. True: one softmax over (t, y, x' <= x),
                      (t, y' < y, x) and (t' < t, y, x), T + H + W - 2 keys at most, none of them above and to the
-                     right. The parameters are the same; training still forms all N^2 scores and masks them.
+                     right. The parameters are the same.
     Raises:          ValueError if A does not divide C.
     Source:          Chen et al. 2018 (PixelSNAIL), arXiv:1712.09763, for the coordinates; Razavi et al. 2019,
                      arXiv:1906.00446, for the place in the stack.
@@ -23,7 +33,7 @@ class CausalAttention(nn.Module):
     def __init__(self, channels: int, heads: int, axial: bool = False):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"CausalAttention: `heads` must divide `channels`, got {heads} and {channels}.")
+            raise ValueError(f"CausalAttention3d: `heads` must divide `channels`, got {heads} and {channels}.")
         self.heads, self.axial = heads, axial
         self.qkv = nn.Linear(channels, 3 * channels)
         self.qkv_position = nn.Linear(3, 3 * channels, bias=False)
@@ -31,36 +41,74 @@ class CausalAttention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, T, H, W, C] -> the same shape; the residual is the caller's."""
-        B, T, H, W, C = h.shape
-        qkv = self.qkv(h) + self.qkv_position(coordinates(T, H, W).to(h))  # [B, T, H, W, 3C]
-        q, k, v = qkv.view(B, T * H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # [B, A, N, E] each
-        mask = _mask_for(h) if self.axial else None
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        return self.out(attended.transpose(1, 2).reshape(B, T, H, W, C))
+        qkv = self._split(self.qkv(h) + self._placed(h))  # [B, T, H, W, 3, A, E]
+        if not self.axial:
+            q, k, v = qkv.flatten(1, 3).permute(2, 0, 3, 1, 4)  # [B, A, N, E] each
+            # in raster order this is plain causal attention, which torch has fast
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # [B, N, A, E]
+            return self.out(attended.reshape(h.shape))
+        along_x, along_y = (ops.axial_attention(qkv, axis=3, mask="causal", keep=True), self._strict(qkv, 2))
+        return self.out(_merged([along_x, along_y, self._strict(qkv, 1)]).flatten(-2))
+
+    def new_cache(self, batch: int, grid: tuple[int, int, int]) -> AttentionCache:
+        """An empty cache for `step` over a grid (T, H, W), in the parameters' dtype and on their device."""
+        weight = self.qkv.weight
+        heads = (batch, *grid, self.heads, weight.shape[1] // self.heads)
+        placed = self._placed(weight.new_empty(1, *grid, 0))
+        return AttentionCache(weight.new_empty(heads), weight.new_empty(heads), placed)
+
+    def step(self, h: Tensor, cache: AttentionCache, position: tuple[int, int, int]) -> Tensor:
+        """What forward gives at a run of positions of one row, from those and the cache, to which it adds them.
+
+        h:        [B, n, C], for the positions (t, y, x), ..., (t, y, x + n - 1); every position before them in raster
+                  order has been stepped through. Forward of any later values gives the same there.
+        cache:    made by new_cache, for the whole grid. position: (t, y, x).
+        Returns:  [B, n, C].
+        Raises:   ValueError for a run that leaves its row, or another batch than the cache's.
+        """
+        (t, y, x), n = position, h.shape[1]
+        B, T, H, W = cache.keys.shape[:4]
+        if h.shape[0] != B or not (0 <= t < T and 0 <= y < H and 0 <= x < x + n <= W):
+            wanted, got = f"[{B}, n, C] within a row of the grid {(T, H, W)}", f"{list(h.shape)} at {position}"
+            raise ValueError(f"CausalAttention3d.step: `h` must be {wanted}, got {got}.")
+        row = slice(x, x + n)
+        q, k, v = self._split(self.qkv(h) + cache.placed[t, y, row])[:, None, None].unbind(-3)  # [B, 1, 1, n, A, E]
+        cache.keys[:, t, y, row], cache.values[:, t, y, row] = k[:, 0, 0], v[:, 0, 0]
+        if self.axial:
+            attended = _merged(_on_axes(q, cache, t, y, row))
+        else:
+            so_far = (t * H + y) * W + x + n
+            keys, values = (kept.flatten(1, 3)[:, None, None, :so_far] for kept in cache[:2])  # [B, 1, 1, N, A, E]
+            attended = ops.axial_attention(q, keys, values, axis=3, mask="causal").out
+        return self.out(attended.flatten(-2)[:, 0, 0])
+
+    def _placed(self, h: Tensor) -> Tensor:
+        return self.qkv_position(coordinates(*h.shape[1:4]).to(h))  # [T, H, W, 3C]
+
+    def _split(self, qkv: Tensor) -> Tensor:
+        return qkv.unflatten(-1, (3, self.heads, -1))
+
+    @staticmethod
+    def _strict(qkv: Tensor, axis: int) -> ops.Attended:
+        return ops.axial_attention(qkv, axis=axis, mask="strict", keep=True)
 
 
-def axial_mask(T: int, H: int, W: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which keys a query of axial causal attention sees: itself and what lies before it on one of its three axes.
-
-    Returns: [N, N] bool, N = T H W in raster order, queries first; on `device`.
-    """
-    n = torch.arange(T * H * W, device=device)
-    t, y, x = n // (H * W), n // W % H, n % W
-    same_t, same_y, same_x = (axis[:, None] == axis for axis in (t, y, x))  # [N, N] each
-    on_an_axis = same_t & same_y | same_t & same_x | same_y & same_x
-    return on_an_axis & (n <= n[:, None])
-
-
-_kept_mask = lru_cache(maxsize=8)(axial_mask)
+def _on_axes(q: Tensor, cache: AttentionCache, t: int, y: int, row: slice) -> list[ops.Attended]:
+    """What a run of queries sees on each axis that has something; [B, 1, 1, n, A, E] each."""
+    keys, values = cache[:2]
+    so_far = (slice(None), slice(t, t + 1), slice(y, y + 1), slice(row.stop))
+    parts = [ops.axial_attention(q, keys[so_far], values[so_far], axis=3, mask="causal", keep=True)]
+    above, before = (slice(None), slice(t, t + 1), slice(y), row), (slice(None), slice(t), slice(y, y + 1), row)
+    for seen, axis in ((above, 2), (before, 1)):
+        if keys[seen].numel():
+            parts.append(ops.axial_attention(q, keys[seen], values[seen], axis=axis, keep=True))
+    return parts
 
 
-def _mask_for(h: Tensor) -> Tensor:
-    """The mask of h's grid, made once per grid and device; a compiled graph forms it itself."""
-    grid = (*h.shape[1:4], h.device)
-    if torch.compiler.is_compiling() or type(h) is not Tensor:
-        return axial_mask(*grid)
-    with torch.inference_mode(False):  # a mask first made under inference mode must serve training too
-        return _kept_mask(*grid)
+def _merged(parts: list[ops.Attended]) -> Tensor:
+    """Attention to several sets of keys as one softmax over them all, by their logsumexps."""
+    shares = torch.stack([part.lse for part in parts]).softmax(dim=0)  # [parts, B, T, H, W, A]
+    return sum(share.unsqueeze(-1).to(part.out.dtype) * part.out for share, part in zip(shares, parts, strict=True))
 
 
 def coordinates(T: int, H: int, W: int) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvid.nn.attention import CausalAttention
+from fastvid.nn.attention import CausalAttention3d
 from fastvid.nn.conv import GatedCausalConv3d, Tap
 
 
@@ -61,7 +61,7 @@ class GatedPixelBlock(nn.Module):
         self.condition = nn.Linear(config.condition_channels, 2 * c, bias=False)
         self.out = nn.Linear(c, c)
         self.dropout = nn.Dropout(config.dropout)
-        self.attention = CausalAttention(c, config.heads, axial=config.wavefront) if attention else None
+        self.attention = CausalAttention3d(c, config.heads, axial=config.wavefront) if attention else None
 
     def forward(self, v: Tensor, h: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """v, h: [B, T, H, W, C]; condition: [B, T, H, W, condition_channels] -> v, h of the same shapes."""

@@ -3,6 +3,14 @@
 from fastvid.kernels.pixelcnn_sampler.packed import Packed
 from fastvid.kernels.pixelcnn_sampler.session import Progress, Sampled
 from fastvid.ops._op import OPS, Op, backend, served
+from fastvid.ops.attention import (
+    Attended,
+    AttentionGradients,
+    axial_attention,
+    axial_attention_backward,
+    axial_self_attention,
+    relative_bias,
+)  # fmt: skip
 from fastvid.ops.conv import ConvGradients, Gated, causal_conv, gate, gated_causal_conv, gated_causal_conv_backward
 from fastvid.ops.sample import draw, gumbel_row, pack_pixelcnn, pixelcnn_sample, pixelcnn_session
 from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
@@ -10,7 +18,9 @@ from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
 REFERENCE_ONLY = ("draw", "gate")  # ops that have no other backend yet
 
 __all__ = [
-    "OPS", "REFERENCE_ONLY", "ConvGradients", "Gated", "Nearest", "Op", "Packed", "Progress", "Sampled", "backend",
-    "causal_conv", "draw", "gate", "gated_causal_conv", "gated_causal_conv_backward", "gumbel_row", "nearest_codebook",
-    "nearest_codebook_ema_", "pack_pixelcnn", "pixelcnn_sample", "pixelcnn_session", "served",
+    "OPS", "REFERENCE_ONLY", "Attended", "AttentionGradients", "ConvGradients", "Gated", "Nearest", "Op", "Packed",
+    "Progress", "Sampled", "axial_attention", "axial_attention_backward", "axial_self_attention", "backend",
+    "causal_conv", "draw", "gate", "gated_causal_conv", "gated_causal_conv_backward", "gumbel_row",
+    "nearest_codebook", "nearest_codebook_ema_", "pack_pixelcnn", "pixelcnn_sample", "pixelcnn_session",
+    "relative_bias", "served",
 ]  # fmt: skip

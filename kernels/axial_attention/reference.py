@@ -1,6 +1,6 @@
-"""Attention inside the boxes of a video grid, its gradients, and with its projections: the definition, in plain torch.
+"""Attention inside the boxes of a video grid, its gradients, and with projections: the definition, in plain torch.
 
-See README.md. The cells of a grid are its boxes, counted along each axis: queries and keys have the same number of them.
+See README.md. The cells of a grid are its boxes, counted along each axis; queries and keys have equally many.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def axial_self_attention(
 ) -> tuple[Tensor]:  # fmt: skip
     """out [B, T, H, W, Cout]: a sum over attentions; see fastvid.ops.axial_self_attention.
 
-    weights: to_q, to_k, to_v and to_out of each, one after the other. boxes: three extents of each. scales: one of each.
+    weights: to_q, to_k, to_v and to_out of each in turn. boxes: three extents of each. scales: one of each.
     """
     total = 0.0 if bias is None else bias
     for i, scale in enumerate(scales):

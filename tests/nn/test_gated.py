@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastvid.nn import CausalAttention, GatedPixelStack, GatedStackConfig
-from fastvid.nn.attention import _mask_for, axial_mask, coordinates
+from fastvid.nn import CausalAttention3d, GatedPixelStack, GatedStackConfig
+from fastvid.nn.attention import coordinates
 from fastvid.nn.gated import horizontal_taps, input_horizontal_taps, input_vertical_taps, vertical_taps
 
 CONFIGS = {
@@ -113,7 +113,7 @@ def test_the_condition_reaches_every_logit(name):
 
 
 def test_attention_sees_everything_before():
-    attention = CausalAttention(8, 2)
+    attention = CausalAttention3d(8, 2)
     h = torch.randn(1, 2, 3, 4, 8, requires_grad=True)
     attention(h)[0, 1, 1, 2].sum().backward()
     seen = h.grad.abs().sum(-1).flatten() > 0
@@ -123,7 +123,7 @@ def test_attention_sees_everything_before():
 @pytest.mark.parametrize("grid", [(1, 4, 5), (3, 1, 4), (2, 3, 1), (3, 4, 3)])
 def test_axial_attention_is_one_softmax_over_three_axes(grid):
     T, H, W = grid
-    attention = CausalAttention(8, 2, axial=True).double()
+    attention = CausalAttention3d(8, 2, axial=True).double()
     h = torch.randn(2, *grid, 8, dtype=torch.float64)
     qkv = attention.qkv(h) + attention.qkv_position(coordinates(T, H, W).double())
     q, k, v = qkv.unflatten(-1, (3, 2, 4)).unbind(-3)  # [B, T, H, W, A, E] each
@@ -136,15 +136,26 @@ def test_axial_attention_is_one_softmax_over_three_axes(grid):
     torch.testing.assert_close(attention(h), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_mask_made_in_inference_serves_training():
-    attention = CausalAttention(8, 2, axial=True)
-    h = torch.randn(1, 2, 5, 3, 8)
-    with torch.inference_mode():
-        attention(h)
-    assert not _mask_for(h).is_inference()
-    attention(h).sum().backward()
-    assert attention.qkv.weight.grad.isfinite().all() and not attention.state_dict().keys() & {"mask"}
-    assert axial_mask(2, 5, 3).sum() == sum(t + y + x + 1 for t in range(2) for y in range(5) for x in range(3))
+@pytest.mark.parametrize("axial", [False, True])
+@pytest.mark.parametrize("grid", [(1, 1, 5), (3, 2, 4), (2, 4, 1)])
+def test_stacked_steps_of_attention_equal_its_forward(axial, grid):
+    T, H, W = grid
+    attention = CausalAttention3d(12, 3, axial).double()
+    h = torch.randn(2, *grid, 12, dtype=torch.float64)
+    for runs in ([1] * W, [W], [W // 2, W - W // 2]):
+        cache, stepped = attention.new_cache(2, grid), torch.empty_like(h)
+        for t, y in [(t, y) for t in range(T) for y in range(H)]:
+            for x, n in zip((0, *torch.tensor(runs).cumsum(0).tolist()), filter(None, runs), strict=False):
+                stepped[:, t, y, x : x + n] = attention.step(h[:, t, y, x : x + n], cache, (t, y, x))
+        torch.testing.assert_close(stepped, attention(h), rtol=1e-9, atol=1e-12)
+
+
+def test_axial_attention_keeps_no_scores_for_training():
+    attention = CausalAttention3d(8, 2, axial=True)
+    h, sizes = torch.randn(1, 2, 8, 8, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: sizes.append(kept.numel()) or kept, lambda kept: kept):
+        attention(h).sum()
+    assert max(sizes) <= 2 * 8 * 8 * 3 * 8  # qkv; the scores would be 128 x 128
 
 
 def test_taps_are_those_of_the_paper():
@@ -161,4 +172,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="condition"):
         stack(codes, condition[..., :3])
     with pytest.raises(ValueError, match="divide"):
-        CausalAttention(10, 4)
+        CausalAttention3d(10, 4)
+    attention = CausalAttention3d(8, 2)
+    cache = attention.new_cache(1, (2, 3, 4))
+    for run, position in ((torch.zeros(1, 3, 8), (0, 0, 2)), (torch.zeros(2, 1, 8), (0, 0, 0))):
+        with pytest.raises(ValueError, match="within a row of the grid"):
+            attention.step(run, cache, position)
