@@ -13,7 +13,7 @@ from fastvid import ops
 from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
-ROOMS = ("nearest_codebook", "gated_causal_conv", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
+ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
 
 
 # what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of what launches
@@ -21,6 +21,8 @@ ROOMS = ("nearest_codebook", "gated_causal_conv", "pixelcnn_sampler")  # rooms w
 INTERPRETED = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000}
 INTERPRETED_LESS = {
     "pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000},
+    "axial_attention": {"repeats": 1, "shapes": 40, "work": 300_000, "drawn_work": 40_000},
+    "axial_attention_backward": {"repeats": 1, "shapes": 25, "work": 150_000, "drawn_work": 30_000},
     "gated_causal_conv": {"shapes": 80, "work": 400_000, "drawn_work": 200_000},
     "gated_causal_conv_backward": {"repeats": 1, "shapes": 30, "work": 150_000, "drawn_work": 60_000},
 }

@@ -158,7 +158,7 @@ class Op:
     def __call__(self, *args, backend: str | None = None, **kwargs):
         args, kwargs = self._settled(args, kwargs)
         if not kwargs and len(args) == len(self._names) and self._alone(args):
-            outputs = self._recorded(args, backend or "").run(*args)
+            outputs = _as_given(self._recorded(args, backend or "").run, args)
             return outputs[0] if self.result is Tensor else self.result(*outputs)
         # torch would take what an op without a gradient writes for something to differentiate
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
@@ -233,7 +233,7 @@ class Op:
 
     def _run(self, *args, backend: str = ""):
         args = self._whole(args)
-        return self._in_schema_order(self._recorded(args, backend).run(*args))
+        return self._in_schema_order(_as_given(self._recorded(args, backend).run, args))
 
     def _in_schema_order(self, outputs: tuple | None) -> tuple | Tensor | None:
         if self.result is None:
@@ -265,6 +265,14 @@ class Op:
         lacking = {name: "this op has no such backend" for name in permitted if name not in mine}
         told = _told(self.name, args, lacking | self._reasons(args, asked))
         raise BackendError(told.replace(":", ": no backend that was asked for serves", 1))
+
+
+def _as_given(run: Callable, args: tuple):
+    """Runs in the dtypes that are given: what autocast wants has been done by the op's checks."""
+    if not torch._C._is_any_autocast_enabled():
+        return run(*args)
+    with torch._C._DisableAutocast():
+        return run(*args)
 
 
 def _names(asked: str, where: str) -> list[str]:

@@ -154,18 +154,21 @@ def axial_attention(
 
 def _check_shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """One tensor with the queries' shape and one with the keys'."""
-    told = ", ".join(str(list(x.shape)) for x in (q, k, v) if x is not None)
     if not q.is_floating_point() or (k is None) != (v is None):
-        raise ValueError(f"axial_attention: wanted floating q, k and v, or one fused q, got {q.dtype} {told}.")
+        raise ValueError(f"axial_attention: wanted floating q, k and v, or one fused q, got {q.dtype} {_shapes(q, k, v)}.")
     if k is None:
         if q.ndim != 7 or q.shape[4] != 3:
-            raise ValueError(f"axial_attention: a fused `q` must be [B, T, H, W, 3, A, E], got {told}.")
+            raise ValueError(f"axial_attention: a fused `q` must be [B, T, H, W, 3, A, E], got {_shapes(q)}.")
         return q.select(4, 0), q.select(4, 1)
     (B, *_, A, E), six = (q.shape[:1] + q.shape[-2:], q.ndim == k.ndim == v.ndim == 6)
     if not six or k.shape[:4] != v.shape[:4] or (k.shape[0], *k.shape[-2:]) != (B, A, E) or v.shape[4] != A:
         wanted = "`q` [B, T, H, W, A, E], `k` [B, Tk, Hk, Wk, A, E] and `v` [B, Tk, Hk, Wk, A, D]"
-        raise ValueError(f"axial_attention: {wanted} are wanted, got {told}.")
+        raise ValueError(f"axial_attention: {wanted} are wanted, got {_shapes(q, k, v)}.")
     return q, k
+
+
+def _shapes(*tensors: Tensor | None) -> str:
+    return ", ".join(str(list(tensor.shape)) for tensor in tensors if tensor is not None)
 
 
 def _settled_box(grid: Box, axis: int | None, box: int | Sequence[int] | None) -> list[int]:

@@ -40,7 +40,7 @@ def axial_attention_backward(
     delta = (given.to(lse.dtype) * boxes(out, cells).to(lse.dtype)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - boxes(grad_lse[..., None], cells)
-    at_scores = weights * ((given.to(v.dtype) @ values.mT).to(lse.dtype) - delta)
+    at_scores = weights * (given.to(lse.dtype) @ values.to(lse.dtype).mT - delta)
     at_products = (at_scores * scale).to(q.dtype)
     found = [
         unboxed(at_products @ keys, grid) if wanted[0] else None,
@@ -103,7 +103,8 @@ def visible(n: int, m: int, mask: str, device: torch.device) -> Tensor:
 
 def scores_of(q: Tensor, k: Tensor, bias: Tensor | None, mask: str, scale: float) -> Tensor:
     """Boxes of queries and keys -> scores [B, cells, A, n, m], -inf where hidden; float32, float64 for float64."""
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    full = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(full) @ k.to(full).mT) * scale
     if bias is not None:
         scores = scores + bias
     if mask == "none":
