@@ -95,6 +95,20 @@ def _conv(name: str, *given) -> Race:
     return conv_cases.conv_race(getattr(conv_cases, name)(*given))
 
 
+def _axial(name: str, *given) -> Race:
+    import axial_cases
+    from jobs import race
+
+    return race(getattr(axial_cases, name)(*given))
+
+
+def _axial_layer(name: str, *given) -> Race:
+    import axial_layer_cases
+    from jobs import race
+
+    return race(getattr(axial_layer_cases, name)(*given))
+
+
 def _train(name: str) -> Race:
     import train_cases
 
@@ -213,12 +227,49 @@ TRAIN_BOTTOM = Case(
     "train_step_bottom_cpu", "bottom prior dino64, a whole step (AdamW) of 16 slices of 16x16 codes, fp32", "fastvid",
     STEP_PEERS, open=lambda: _train("bottom_race"),
 )  # fmt: skip
+VIDEO = "1x4x32x32, three axes, fp32"
+AXIAL = Case(
+    "axial_cpu", f"a layer of 256 channels and 8 heads with its projections, {VIDEO}", "fastvid",
+    {"axial-attention": 2.5, "sdpa": 2.2}, open=lambda: _axial_layer("cpu_layer"), extra_limit=4 << 20,
+)  # fmt: skip
+AXIAL_TRAIN = Case(
+    "axial_train_cpu", f"{AXIAL.size}, forward + backward", "fastvid", {"axial-attention": None, "sdpa": None},
+    open=lambda: _axial_layer("cpu_layer", True),
+)  # fmt: skip
+AXIAL_CORE = Case(
+    "axial_core_cpu", f"8 heads of 32, {VIDEO}", "fastvid", {"axial-attention": 4.0, "sdpa": 4.0},
+    open=lambda: _axial("cpu"),
+)  # fmt: skip
+AXIAL_CORE_TRAIN = Case(
+    "axial_core_train_cpu", f"{AXIAL_CORE.size}, forward + backward", "fastvid", {"axial-attention": 3.0, "sdpa": 3.0},
+    open=lambda: _axial("cpu", True),
+)  # fmt: skip
+AXIAL_STEP = Case(
+    "axial_step_cpu", "32 queries one by one, each over 3072 keys, 8 heads of 64, batch 1, fp32", "fastvid",
+    {"sdpa": None}, open=lambda: _axial_layer("cpu_step"),
+)  # fmt: skip
+BLOCK_LOCAL = Case(
+    "block_local_cpu", "1x4x16x16, 8 heads of 128, blocks of 4x8x8, causal, relative bias, fp32", "fastvid",
+    {"sdpa": None}, open=lambda: _axial("cpu_blocks"),
+)  # fmt: skip
+LARGE_VIDEO, NAMED = "8x16x64x64, 8 heads of 64, bf16", {"t": "T, causal", "h": "H", "w": "W"}
+AXIAL_PEERS = {"axial-attention": 8.0, "sdpa": 2.5, "flex_attention": 3.0, "torch.compile": None, "natten": None}
+AXIAL_GPU = [
+    Case("axial_core_gpu", f"{LARGE_VIDEO}, three axes, T causal", "fastvid", AXIAL_PEERS,
+         open=lambda: _axial("gpu"), missing=_no_cuda),
+    *(Case(f"axial_core_gpu_{axis}", f"{LARGE_VIDEO}, axis {name}", "fastvid", AXIAL_PEERS,
+           open=lambda axis=axis: _axial("gpu", axis), missing=_no_cuda) for axis, name in NAMED.items()),
+    Case("axial_core_train_gpu", f"{LARGE_VIDEO}, three axes, T causal, forward + backward", "fastvid",
+         dict.fromkeys(AXIAL_PEERS), open=lambda: _axial("gpu", "thw", True), missing=_no_cuda),
+]  # fmt: skip
 CASES = [
     VQ_512, VQ_512.one_thread(**{"vector-quantize-pytorch": 40.0}), VQ_8192, VQ_8192.one_thread(),
     SMALL_CPU, SMALL_CPU.one_thread(), PAPER_SLICE, FIXED_POINT, WAVEFRONT, WAVEFRONT.one_thread(),
     DEMO_CPU, DEMO_CPU.one_thread(),
     *(sized for case in CONV_CPU for sized in (case, case.one_thread())), *CONV_TRAIN_CPU, TRAIN_TOP, TRAIN_BOTTOM,
-    SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K, *CONV_GPU, *CONV_TRAIN_GPU,
+    AXIAL, AXIAL.one_thread(), AXIAL_TRAIN, AXIAL_CORE, AXIAL_CORE.one_thread(), AXIAL_CORE_TRAIN, AXIAL_STEP,
+    BLOCK_LOCAL,
+    SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K, *CONV_GPU, *CONV_TRAIN_GPU, *AXIAL_GPU,
 ]  # fmt: skip
 
 

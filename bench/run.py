@@ -27,7 +27,7 @@ from typing import Any
 
 SCHEMA = 1
 QUICK_ROUNDS = 3
-PACKAGES = ("torch", "triton", "numpy", "av", "vector-quantize-pytorch", "axial-attention", "faiss-cpu")
+PACKAGES = ("torch", "triton", "numpy", "av", "vector-quantize-pytorch", "axial-attention", "faiss-cpu", "natten")
 ROOT = Path(__file__).resolve().parents[1]
 
 
