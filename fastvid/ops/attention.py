@@ -14,7 +14,6 @@ from fastvid.ops._autocast import autocast
 from fastvid.ops._op import Backend, lazy, never, op, triton
 
 TRITON = "axial_attention.triton_gpu"
-_INTERIM = __import__("os").path.exists(__file__.replace("fastvid/ops/attention.py", "kernels/axial_attention/triton_gpu.py"))
 Box = tuple[int, int, int]  # extents along T, H, W
 Projections = tuple[Tensor, Tensor, Tensor, Tensor]  # to_q, to_k, to_v, to_out
 
@@ -53,7 +52,7 @@ def _fake_backward(q, k, v, bias, out, lse, grad_out, grad_lse, box, mask, scale
     " SymInt[] box, str mask, float scale, bool[] wanted)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     backends=[
-        *([triton(lazy(TRITON, "axial_attention_backward"), lazy(TRITON, "why_not_backward"))] if _INTERIM else []),
+        triton(lazy(TRITON, "axial_attention_backward"), lazy(TRITON, "why_not_backward")),
         Backend("cpu", _cpu_attention.axial_attention_backward, _cpu_attention.why_not_backward),
         Backend("reference", reference.axial_attention_backward, never),
     ],
@@ -103,7 +102,7 @@ def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
     "(Tensor q, Tensor? k, Tensor? v, Tensor? bias, SymInt[] box, str mask, float scale, bool keep)"
     " -> (Tensor out, Tensor lse)",
     backends=[
-        *([triton(lazy(TRITON, "axial_attention"), lazy(TRITON, "why_not"))] if _INTERIM else []),
+        triton(lazy(TRITON, "axial_attention"), lazy(TRITON, "why_not")),
         Backend("cpu", _cpu_attention.axial_attention, _cpu_attention.why_not),
         Backend("reference", reference.axial_attention, never),
     ],

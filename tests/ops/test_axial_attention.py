@@ -195,14 +195,6 @@ def test_one_graph_for_every_grid():
     assert len(graphs) == 1
 
 
-def test_opcheck():
-    qkv, bias = differentiable((torch.randn(1, 2, 3, 4, 3, 2, 8), torch.randn(2, 4, 4)))
-    torch.library.opcheck(ops.axial_attention.torch_op, (qkv, None, None, bias, [1, 1, 4], "strict", 0.3, True))
-    weights = [torch.randn(8, 8) for _ in range(4)]
-    args = (torch.randn(1, 2, 3, 4, 8), weights, None, [1, 3, 1], 2, "none", [0.5])
-    torch.library.opcheck(ops.axial_self_attention.torch_op, args)
-
-
 def test_autocast_keeps_statistics_in_full():
     for dtype in (torch.bfloat16, torch.float16):
         given = differentiable([torch.randn(1, 2, 3, 8, 2, 16) * 4 for _ in range(3)])
