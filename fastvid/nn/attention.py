@@ -57,13 +57,14 @@ class CausalAttention3d(nn.Module):
         placed = self._placed(weight.new_empty(1, *grid, 0))
         return AttentionCache(weight.new_empty(heads), weight.new_empty(heads), placed)
 
+    @torch.no_grad()
     def step(self, h: Tensor, cache: AttentionCache, position: tuple[int, int, int]) -> Tensor:
         """What forward gives at a run of positions of one row, from those and the cache, to which it adds them.
 
         h:        [B, n, C], for the positions (t, y, x), ..., (t, y, x + n - 1); every position before them in raster
-                  order has been stepped through. Forward of any later values gives the same there.
+                  order has been stepped through.
         cache:    made by new_cache, for the whole grid. position: (t, y, x).
-        Returns:  [B, n, C].
+        Returns:  [B, n, C]; without gradients.
         Raises:   ValueError for a run that leaves its row, or another batch than the cache's.
         """
         (t, y, x), n = position, h.shape[1]
