@@ -1,7 +1,7 @@
 """Block-local attention: the layer of video transformers that attends inside the blocks of a grid."""
 
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,12 @@ from fastvid.nn.projected import zeros_as
 Block = tuple[int, int, int]  # extents along T, H, W
 
 
-@dataclass
-class BlockCache:
-    """Keys and values of the positions so far, block by block, for BlockLocalAttention.step."""
+class BlockCache(NamedTuple):
+    """What BlockLocalAttention.step remembers: written for the positions so far, n of a block in raster order."""
 
-    keys: Tensor  # [B, blocks, n, A, E], n the positions of a block in raster order
-    values: Tensor  # the same shape
-    bias: Tensor  # [A, n, n]
-    shape: tuple[int, int, int]  # T, H, W
-    position: int = 0  # of the next one, in raster order of the grid
-
-    def reset(self) -> None:
-        """Forget all positions."""
-        self.position = 0
+    keys: Tensor  # [B, T / bt, H / bh, W / bw, n, A, E]
+    values: Tensor  # [B, T / bt, H / bh, W / bw, n, A, E]
+    bias: Tensor  # [A, n, n], what distances add to the scores
 
 
 class BlockLocalAttention(nn.Module):
@@ -35,7 +28,7 @@ class BlockLocalAttention(nn.Module):
 
     dim, heads, dim_head: C, A and E. block: (bt, bh, bw), which must divide the grid.
     causal:     within a block a position sees itself and earlier ones in raster order; `step` then takes a grid
-                position by position.
+                run by run.
     mlp:        whether the second part is there: layer norm, C to C, ReLU, C to C.
     Parameters: norm, to_qkv [3 A E, C] and to_out [C, A E] without biases; distance_t, _h, _w [A, 2 b - 1], zero at
                 first, the middle entry that of distance 0 and later ones for keys that lie further on; mlp.
@@ -86,30 +79,37 @@ class BlockLocalAttention(nn.Module):
         """
         if not self.causal:
             raise ValueError("BlockLocalAttention: a step needs a layer made with causal=True.")
-        weight, cells = self.to_qkv.weight, prod(_blocks(shape, self.block))
-        keys, values = (zeros_as(weight, batch, cells, prod(self.block), self.heads, self.dim_head) for _ in range(2))
-        return BlockCache(keys, values, self.bias().detach(), tuple(shape))
+        size = batch, *_blocks(shape, self.block), prod(self.block), self.heads, self.dim_head
+        keys, values = (zeros_as(self.to_qkv.weight, *size) for _ in range(2))
+        return BlockCache(keys, values, self.bias().detach())
 
     @torch.no_grad()
-    def step(self, x: Tensor, cache: BlockCache) -> Tensor:
-        """The next position in raster order: what `forward` gives there, from x and the cache, which learns it.
+    def step(self, x: Tensor, cache: BlockCache, position: Block) -> Tensor:
+        """What forward gives at a run of positions of one row, from those and the cache, to which it adds them.
 
-        x:       [B, C]. cache: of `new_cache`, under the same autocast.
-        Returns: [B, C]; without gradients.
-        Raises:  ValueError for an x of another shape, or one too many.
+        x:        [B, n, C], for the positions (t, y, x), ..., (t, y, x + n - 1) of one block; all of the block's before
+                  them in raster order have been stepped through.
+        cache:    made by new_cache, under the same autocast. position: (t, y, x).
+        Returns:  [B, n, C]; without gradients.
+        Raises:   ValueError for a run that leaves its block's row, or another batch than the cache's.
         """
-        B, N = cache.keys.shape[0], prod(cache.shape)
-        if tuple(x.shape) != (B, self.dim) or cache.position >= N:
-            wanted = f"position {cache.position} of {N} as {[B, self.dim]}"
-            raise ValueError(f"BlockLocalAttention: the cache can take {wanted}, got {list(x.shape)}.")
-        block, place = self._where(cache)
-        x = x[:, None, None, None]  # [B, 1, 1, 1, C]
-        q, k, v = self._qkv(x).unbind(-3)  # [B, 1, 1, 1, A, E] each
-        cache.keys[:, block, place], cache.values[:, block, place] = k[:, 0, 0, 0], v[:, 0, 0, 0]
-        cache.position += 1
-        keys, values = (kept[:, None, None, block, : place + 1] for kept in (cache.keys, cache.values))
-        bias = cache.bias[:, place : place + 1, : place + 1]
-        return self._rest(x, ops.axial_attention(q, keys, values, axis=3, bias=bias).out)[:, 0, 0, 0]
+        (i, t), (j, y), (k, start) = (divmod(p, extent) for p, extent in zip(position, self.block, strict=True))
+        (B, *cells), n, (_, bh, bw) = cache.keys.shape[:4], x.shape[1], self.block
+        inside = all(0 <= cell < count for cell, count in zip((i, j, k), cells, strict=True))
+        if tuple(x.shape) != (B, n, self.dim) or not inside or not 1 <= n <= bw - start:
+            grid = tuple(cell * extent for cell, extent in zip(cells, self.block, strict=True))
+            wanted = f"[{B}, n, {self.dim}] within a row of a block {self.block} of the grid {grid}"
+            raise ValueError(f"BlockLocalAttention.step: `x` must be {wanted}, got {list(x.shape)} at {position}.")
+        first = (t * bh + y) * bw + start
+        run, so_far = slice(first, first + n), slice(first + n)
+        x = x[:, None, None]  # [B, 1, 1, n, C]
+        q, *new = self._qkv(x).unbind(-3)  # [B, 1, 1, n, A, E] each
+        held = [kept[:, i, j, k] for kept in cache[:2]]  # [B, positions, A, E] each
+        for kept, run_of in zip(held, new, strict=True):
+            kept[:, run] = run_of[:, 0, 0]
+        keys, values = (kept[:, None, None, so_far] for kept in held)
+        attended = ops.axial_attention(q, keys, values, axis=3, mask="causal", bias=cache.bias[:, run, so_far]).out
+        return self._rest(x, attended)[:, 0, 0]
 
     def _qkv(self, x: Tensor) -> Tensor:
         """[B, T, H, W, C] -> [B, T, H, W, 3, A, E]"""
@@ -119,15 +119,6 @@ class BlockLocalAttention(nn.Module):
         """x [B, T, H, W, C], attended [B, T, H, W, A, E] -> what the layer puts out, as x."""
         x = x + self.to_out(attended.flatten(-2))
         return x if self.mlp is None else x + self.mlp(x)
-
-    def _where(self, cache: BlockCache) -> tuple[int, int]:
-        """The block of the next position, and its place there, both in raster order."""
-        _, H, W = cache.shape
-        _, ch, cw = _blocks(cache.shape, self.block)
-        _, bh, bw = self.block
-        t, y, x = cache.position // (H * W), cache.position // W % H, cache.position % W
-        (i, t), (j, y), (k, x) = (divmod(p, extent) for p, extent in zip((t, y, x), self.block, strict=True))
-        return (i * ch + j) * cw + k, (t * bh + y) * bw + x
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -1,7 +1,7 @@
 """DVD-GAN's separable self-attention: along H, then W, then T, in place of attention between all positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,11 @@ from fastvid.nn.projected import heads_of, self_attention, zeros_as
 NAMES = "T", "H", "W"
 
 
-@dataclass
-class FrameCache:
-    """Keys and values of the frames so far, for SeparableAttention.step."""
+class FrameCache(NamedTuple):
+    """What SeparableAttention.step remembers: written for the frames so far."""
 
     keys: Tensor  # [B, T, H, W, 1, E]
     values: Tensor  # [B, T, H, W, 1, D]
-    position: int = 0  # of the next frame
-
-    def reset(self) -> None:
-        """Forget all frames."""
-        self.position = 0
 
 
 class SeparableAttention(nn.Module):
@@ -82,19 +76,20 @@ class SeparableAttention(nn.Module):
         return FrameCache(keys, values)
 
     @torch.no_grad()
-    def step(self, frame: Tensor, cache: FrameCache) -> Tensor:
-        """The next frame: what `forward` gives there, from this frame and the cache, which learns it.
+    def step(self, frame: Tensor, cache: FrameCache, t: int) -> Tensor:
+        """What forward gives for frame t, from it and the cache, to which it is added.
 
-        frame:   [B, C, H, W]. cache: of `new_cache`, under the same autocast.
+        frame:   [B, C, H, W]; every frame before it has been stepped through. cache: made by new_cache, under the same
+                 autocast.
         Returns: the same shape; without gradients.
-        Raises:  ValueError for a frame of another shape, or one too many.
+        Raises:  ValueError for a frame of another shape or outside of the cache's.
         """
         B, T, H, W = cache.keys.shape[:4]
-        if tuple(frame.shape) != (B, self.channels, H, W) or cache.position >= T:
-            wanted = f"frame {cache.position} of {T} as {[B, self.channels, H, W]}"
-            raise ValueError(f"SeparableAttention: the cache can take {wanted}, got {list(frame.shape)}.")
+        if tuple(frame.shape) != (B, self.channels, H, W) or not 0 <= t < T:
+            wanted, got = f"{[B, self.channels, H, W]} as one of {T} frames", f"{list(frame.shape)} as frame {t}"
+            raise ValueError(f"SeparableAttention.step: `frame` must be {wanted}, got {got}.")
         x = frame.movedim(1, -1)[:, None].contiguous()  # [B, 1, H, W, C]
-        return self.along_t.step(self.along_w(self.along_h(x)), cache)[:, 0].movedim(-1, 1)
+        return self.along_t.step(self.along_w(self.along_h(x)), cache, t)[:, 0].movedim(-1, 1)
 
 
 class _GainedAttention(nn.Module):
@@ -118,11 +113,9 @@ class _GainedAttention(nn.Module):
         q, k, v = self._heads(x)
         return self._joined(x, ops.axial_attention(q, self._pooled(k), self._pooled(v), self.axis, scale=1.0).out)
 
-    def step(self, x: Tensor, cache: FrameCache) -> Tensor:
+    def step(self, x: Tensor, cache: FrameCache, t: int) -> Tensor:
         q, k, v = self._heads(x)  # [B, 1, H, W, 1, width]
-        t = cache.position
         cache.keys[:, t : t + 1], cache.values[:, t : t + 1] = k, v
-        cache.position = t + 1
         keys, values = cache.keys[:, : t + 1], cache.values[:, : t + 1]
         return self._joined(x, ops.axial_attention(q, keys, values, self.axis, mask=self.mask, scale=1.0).out)
 
