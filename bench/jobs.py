@@ -96,7 +96,7 @@ def _gate(job: Job, values: Values, results: dict[str, tuple[Tensor, ...]]) -> s
                 except AssertionError as error:
                     raise GateError(f"{name}: {part}: {error}") from None
     results.clear()
-    parts = ", ".join(job.parts)
+    parts = ", ".join(job.parts[:4]) + (f" and {len(job.parts) - 4} more" if len(job.parts) > 4 else "")
     return f"{parts} within {OURS:g} times plain torch's error against float64, peers within {PEERS:g} times"
 
 
