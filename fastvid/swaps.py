@@ -3,8 +3,8 @@
     report = fastvid.accelerate(model)
     print(report)
 
-No package is imported: a quantiser is known by the name of its class. A masked convolution is known by what it holds,
-as most are written by hand, and by what it computes: old and new run once on random numbers.
+No package is imported: a quantiser or axial attention is known by the name of its class. A masked convolution is known
+by what it holds, as most are written by hand, and by what it computes: old and new run once on random numbers.
 """
 
 import inspect
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvid.nn import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, VectorQuantize
+from fastvid.nn.axial import AxialAttention, AxisAttention, PreNorm, SelfAttention
 
 
 @dataclass
@@ -55,8 +56,8 @@ def accelerate(module: nn.Module) -> Report:
     made: dict[int, nn.Module] = {}  # what stands for an old module, by the old one's id: shared layers stay shared
     for name, layer in [*module.named_modules(remove_duplicate=False)]:
         swap = next((s for s in SWAPS if s.finds(layer)), None)
-        if swap is None:
-            continue
+        if swap is None or any(name.startswith(f"{whole}." if whole else "") for whole in report.swapped):
+            continue  # not for us, or a part of what was swapped
         old = f"{swap.package(layer)} {type(layer).__name__}"
         if id(layer) not in made and (reason := swap.why_not(layer)):
             report.left[name] = f"{old}: {reason}"
@@ -158,6 +159,97 @@ def _vector_quantize(layer: nn.Module, made: dict[int, nn.Module]) -> VectorQuan
     return ours
 
 
+# ---- axial-attention: whole layers, and those along one axis that stand by themselves
+
+_AXIAL_PACKAGE = "axial_attention.axial_attention"
+_AXIAL, _ALONG, _NORMED, _SELF = (
+    f"{_AXIAL_PACKAGE}.{name}" for name in ("AxialAttention", "PermuteToFrom", "PreNorm", "SelfAttention")
+)
+
+
+def _is_axial(layer: nn.Module) -> bool:
+    return any(_name(base) in (_AXIAL, _ALONG) for base in type(layer).__mro__)
+
+
+def _axial_why_not(layer: nn.Module) -> str | None:
+    if _name(type(layer)) not in (_AXIAL, _ALONG):
+        return "it is a subclass, which may do otherwise"
+    try:
+        return _along_why_not(layer) if _name(type(layer)) == _ALONG else _axes_why_not(layer)
+    except AttributeError as error:
+        return f"it is not of a version that is known here ({error}); 0.6.1 is"
+
+
+def _axes_why_not(layer: nn.Module) -> str | None:
+    """Why a whole layer stays."""
+    for part in layer.axial_attentions:
+        reason = "it holds other layers than its own" if _name(type(part)) != _ALONG else _along_why_not(part)
+        if reason or (reason := _hooked(part)):
+            return reason
+    axes = [axis for axis in range(1, layer.total_dimensions) if axis != layer.dim_index]
+    inside = [part.fn for part in layer.axial_attentions]
+    found = [(*part.permutation[-2:],) for part in layer.axial_attentions]
+    as_made = found == [(axis, layer.dim_index) for axis in axes]
+    if not as_made or any(_name(type(fn)) != _SELF or fn.heads != inside[0].heads for fn in inside):
+        return "it does not hold one attention for each axis, all with as many heads"
+    return None
+
+
+def _along_why_not(layer: nn.Module) -> str | None:
+    """Why a layer along one axis stays; whether it has hooks itself is the caller's affair."""
+    normed = _name(type(layer.fn)) == _NORMED
+    inner = layer.fn.fn if normed else layer.fn
+    if _name(type(inner)) != _SELF:
+        return f"what it attends with is a {type(inner).__name__}, which may do otherwise"
+    if min(layer.permutation[-2:]) < 1:
+        return "it attends from sample to sample"
+    linear = (inner.to_q, inner.to_kv, inner.to_out)
+    plain = all(type(one) is nn.Linear for one in linear) and (not normed or type(layer.fn.norm) is nn.LayerNorm)
+    hidden = inner.heads * inner.dim_heads
+    sizes = [one.out_features for one in linear[:2]] == [hidden, 2 * hidden] if plain else None
+    if not sizes or inner.to_q.bias is not None or inner.to_kv.bias is not None or inner.to_out.bias is None:
+        return "its projections or its norm are not those that it was made with"
+    reasons = [_hooked(one) for one in (layer.fn, inner, *linear)]
+    return next(filter(None, reasons), None)
+
+
+def _hooked(layer: nn.Module) -> str | None:
+    """What a layer that is no longer called would miss."""
+    if "forward" in vars(layer):
+        return "a forward inside was replaced on the layer itself"
+    hooked = any(vars(layer)[name] for name in vars(layer) if name.endswith("_hooks"))
+    return f"the {type(layer).__name__} inside has hooks, which would not be called" if hooked else None
+
+
+def _axial(layer: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    if _name(type(layer)) == _ALONG:
+        return AxisAttention(*layer.permutation[-2:], _holding(layer.fn))
+    first = layer.axial_attentions[0].fn
+    with torch.device("meta"):
+        ours = AxialAttention(
+            layer.dim, layer.total_dimensions - 2, first.heads, first.dim_heads, layer.dim_index, layer.sum_axial_out
+        )
+    for i, part in enumerate(layer.axial_attentions):
+        if id(part) not in made:
+            made[id(part)] = _in_place_of(part, _axial(part, made))
+        ours.axial_attentions[i] = made[id(part)]
+    return ours
+
+
+def _holding(theirs: nn.Module) -> SelfAttention | PreNorm:
+    """Ours with the modules of theirs."""
+    normed = _name(type(theirs)) == _NORMED
+    inner = theirs.fn if normed else theirs
+    with torch.device("meta"):
+        ours = SelfAttention(inner.to_out.out_features, inner.heads, inner.dim_heads)
+        around = PreNorm(inner.to_out.out_features, ours) if normed else ours
+    ours.to_q, ours.to_kv, ours.to_out = inner.to_q, inner.to_kv, inner.to_out
+    if normed:
+        around.norm = theirs.norm
+    ours.training, around.training = inner.training, theirs.training
+    return around
+
+
 # ---- masked convolutions, whoever wrote them
 
 
@@ -254,5 +346,6 @@ def _masked_conv(layer: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 SWAPS = (
     Swap(_is_vector_quantize, lambda _: "vector-quantize-pytorch", _vector_quantize_why_not, _vector_quantize),
+    Swap(_is_axial, lambda _: "axial-attention", _axial_why_not, _axial),
     Swap(_is_masked_conv, lambda layer: type(layer).__module__.split(".")[0], _masked_conv_why_not, _masked_conv),
 )

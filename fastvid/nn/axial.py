@@ -72,10 +72,10 @@ class AxisAttention(nn.Module):
         self.axis, self.channel_axis, self.fn = axis, channel_axis, fn
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ..., C, ...] -> the same shape, contiguous unless x lies in memory with its channels last."""
+        """[B, ..., C, ...] -> the same shape, contiguous."""
         last = x.movedim(self.channel_axis, -1)  # [B, ..., C]
         grid, axis = _grid(last, self.axis - (self.axis > self.channel_axis))
-        return _as_given(self.fn.along(grid, axis).view(last.shape), x, self.channel_axis)
+        return self.fn.along(grid, axis).view(last.shape).movedim(-1, self.channel_axis).contiguous()
 
     def extra_repr(self) -> str:
         """Which axes, for printing."""
@@ -117,7 +117,7 @@ class AxialAttention(nn.Module):
         """Attention along all axes.
 
         x:       [B, ..., C, ...], C at `dim_index`, any strides.
-        Returns: the same shape, contiguous unless x lies in memory with its channels last.
+        Returns: the same shape, contiguous; `dim_index` -1 needs no copy for that.
         Raises:  ValueError for another number of axes or channels.
         """
         if x.ndim != self.total_dimensions or x.shape[self.dim_index] != self.dim:
@@ -139,7 +139,7 @@ class AxialAttention(nn.Module):
         axes = [_grid(last, axis)[1] for axis in range(1, last.ndim - 1)]
         bias = sum(fn.to_out.bias for fn in held)
         out = self_attention(_grid(last, 1)[0], [fn.projection() for fn in held], axes, held[0].heads, bias=bias)
-        return _as_given(out.view(last.shape), x, self.dim_index)
+        return out.view(last.shape).movedim(-1, self.dim_index).contiguous()
 
 
 class AxialBlock(nn.Module):
@@ -192,11 +192,3 @@ def _grid(x: Tensor, axis: int) -> tuple[Tensor, int]:
         return x[(slice(None), *(None,) * lacking)], axis + lacking
     before, after = math.prod(x.shape[1:axis]), math.prod(x.shape[axis + 1 : -1])
     return x.reshape(x.shape[0], before, x.shape[axis], after, x.shape[-1]), 2
-
-
-def _as_given(out: Tensor, x: Tensor, channel_axis: int) -> Tensor:
-    """[B, ..., C] with the channels where x has them, and contiguous, as code around the layer may call .view(), unless
-    x itself is no more contiguous than that."""
-    back = out.movedim(-1, channel_axis)
-    channels_last = not x.is_contiguous() and x.movedim(channel_axis, -1).is_contiguous()
-    return back if channels_last else back.contiguous()
