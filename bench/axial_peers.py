@@ -86,7 +86,9 @@ def sdpa_bias(part: Part, bias: Tensor | None, like: Tensor) -> Tensor | None:
 def flex(attend: Callable, q: Tensor, k: Tensor, v: Tensor, part: Part, block_mask: Any) -> Tensor:
     """By flex_attention. attend: it, compiled. block_mask: what `flex_mask` gives."""
     lines = (cut(x, part.box).transpose(1, 2) for x in (q, k, v))
-    return joined(attend(*lines, block_mask=block_mask).transpose(1, 2), part.box, q.shape)
+    # the kernel that it takes for short lines has all lines times heads on one axis of its grid: too many
+    out = attend(*lines, block_mask=block_mask, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
+    return joined(out.transpose(1, 2), part.box, q.shape)
 
 
 def flex_mask(part: Part, bias: Tensor | None, like: Tensor) -> Any:

@@ -108,7 +108,7 @@ def whole_window(q, k, v, kernel_size, is_causal):
     return F.scaled_dot_product_attention(*heads_first, is_causal=is_causal).transpose(1, 2)
 
 
-def masked(q, k, v, block_mask):
+def masked(q, k, v, block_mask, kernel_options):
     """What flex_attention makes of [lines, A, n, E]."""
     n = torch.arange(q.shape[2])
     seen = None if block_mask is None else block_mask.mask_mod(0, 0, n[:, None], n)
