@@ -74,13 +74,11 @@ class Core:
 
     def exact(self, values: Values) -> tuple[Tensor, ...]:
         """By scores that are all there, in the dtype of the values."""
-        way = self._peer(peer("axial-attention"))
-        return way.run(way.ready(values))
+        return self._peer(peer("axial-attention"))(values)
 
     def plain(self, values: Values) -> tuple[Tensor, ...]:
         """By the op's own definition."""
-        way = self._ours("reference")
-        return way.run(way.ready(values))
+        return self._ours("reference")(values)
 
     def ways(self, values: Values) -> dict[str, Way]:
         """Contestants by name, ours first."""

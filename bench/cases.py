@@ -91,8 +91,9 @@ def _vq(name: str) -> Race:
 
 def _conv(name: str, *given) -> Race:
     import conv_cases
+    from jobs import race
 
-    return conv_cases.conv_race(getattr(conv_cases, name)(*given))
+    return race(getattr(conv_cases, name)(*given))
 
 
 def _axial(name: str, *given) -> Race:

@@ -5,7 +5,7 @@ weights are masked beforehand too, as nobody has to do that twice; where weights
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,16 +14,21 @@ from conv_peers import FORMATS, Kernel, Tap, chunk_gate
 from fastvid.kernels.gated_causal_conv import reference
 from fastvid.kernels.gated_causal_conv.cases import PLANE_XT, ROWS_5
 from floors import live
-from peak import floor
-from timing import Contestant, GateError, Race
+from jobs import Values, Way, told, with_gradients
 from torch import Tensor
 
 from fastvid import ops
-from fastvid.ops._op import SERVES
-from fastvid.testing import assert_within_yardstick
 
-OURS, PEERS = 2.0, 16.0  # how many times plain torch's error is allowed: ours, and a peer that does the same job
 PARTS = ("out", "grad_x", "grad_weight", "grad_bias")
+
+
+class Fresh(NamedTuple):
+    """One round's values, channels last; every way makes what it needs of them."""
+
+    x: Tensor  # [B, T, H, W, C]
+    weight: Tensor  # [taps, C, 2C]
+    bias: Tensor  # [2C]
+    grad: Tensor  # [B, T, H, W, C], of the output
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,24 @@ class Size:
         return f"{grid}, C={self.C} -> 2x{self.C} + gate, {len(self.taps)} taps, {dtype}, {done}"
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What a result is made of, in words."""
+        return PARTS if self.train else PARTS[:1]
+
+    @property
+    def best(self) -> dict[str, tuple[str, ...]]:
+        """Dense convolutions by the fastest layout, and by the fastest but torch's own."""
+        tuned = ("masked conv3d channels_last_3d", "masked conv3d compiled")
+        if self.device == "cpu":
+            return {"masked conv3d": ("masked conv3d ncdhw", *tuned[:1])}
+        return {"masked conv3d": ("masked conv3d ncdhw", *tuned), "tuned conv3d": tuned}
+
+    @property
+    def work(self) -> tuple[float, int]:
+        """Least operations and bytes."""
+        return 2.0 * self.multiply_adds, self.bytes_moved
+
+    @property
     def multiply_adds(self) -> float:
         """Those whose tap is inside the grid."""
         B, *grid = self.grid
@@ -60,6 +83,76 @@ class Size:
             torch.finfo(self.dtype).bits // 8
         )
 
+    def draw(self, number: int) -> Fresh:
+        """A round's values."""
+        generator = torch.Generator(self.device).manual_seed(3000 + number)
+        taps, C = len(self.taps), self.C
+        shapes = ((*self.grid, C), (taps, C, 2 * C), (2 * C,), (*self.grid, C))
+        x, weight, bias, grad = (torch.randn(shape, generator=generator, device=self.device) for shape in shapes)
+        return Fresh(*(part.to(self.dtype) for part in (x, weight * (taps * C) ** -0.5, bias, grad)))
+
+    def samples(self, values: Values) -> Iterator[tuple[Any, Values]]:
+        """Everything at once: the weights' gradients are of all samples."""
+        yield ..., values
+
+    def exact(self, values: Values) -> tuple[Tensor, ...]:
+        """By the definition, in the dtype of the values."""
+        flat, grid = [offset for tap in self.taps for offset in tap], self.grid[1:]
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            args = (x, weight, bias, flat, None, None, "gate", (0, 0, 0), grid, False)
+            return reference.gated_causal_conv(*args)[0]
+
+        return self._way(lambda fresh: (fresh[:3], fresh.grad), forward)(Fresh(*values))
+
+    plain = exact
+
+    def ways(self, fresh: Fresh) -> dict[str, Way]:
+        """Contestants by name, ours first."""
+        name = "cpu" if self.device == "cpu" else "triton"
+        missing = told(ops.gated_causal_conv, fresh.x, fresh.weight, fresh.bias, self.taps, backend=name)
+        found = {"fastvid": self._op_way(name, missing)}
+        found |= {f"masked conv3d {layout}": self.dense_way(layout) for layout in FORMATS}
+        if self.device != "cpu":
+            found["masked conv3d compiled"] = self.dense_way("channels_last_3d", compiled=True)
+        return found | {"gather": self._op_way("reference")}
+
+    def _op_way(self, backend: str, missing: str | None = None) -> Way:
+        def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return ops.gated_causal_conv(x, weight, bias, self.taps, backend=backend).out
+
+        return self._way(lambda fresh: ((fresh.x, fresh.weight, fresh.bias), fresh.grad), forward, missing=missing)
+
+    def dense_way(self, layout: str, compiled: bool = False) -> Way:
+        """A dense convolution of a masked weight. layout: of FORMATS."""
+        kernel, held = Kernel(self.taps), FORMATS[layout]
+
+        def ready(fresh: Fresh) -> tuple[tuple, Tensor]:
+            dense = kernel.dense(fresh.weight).contiguous(memory_format=held)
+            x, grad = (part.movedim(-1, 1).contiguous(memory_format=held) for part in (fresh.x, fresh.grad))
+            return (x, dense, fresh.bias, kernel.mask(dense) if self.train else None), grad
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+            return chunk_gate(kernel.convolve(x, weight if mask is None else weight * mask, bias))
+
+        def read(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            found = tuple(part.movedim(1, -1) for part in parts[:2])
+            return found + ((kernel.live(parts[2]), parts[3]) if len(parts) > 2 else ())
+
+        return self._way(ready, torch.compile(forward) if compiled else forward, read=read)
+
+    def _way(self, ready: Callable[[Fresh], tuple[tuple, Tensor]], forward: Callable[..., Tensor], **more) -> Way:
+        """ready: arguments of `forward`, of which the first three learn, and the output's gradient."""
+
+        def run(given: tuple[tuple, Tensor]) -> tuple[Tensor, ...]:
+            args, grad = given
+            if self.train:
+                return with_gradients(lambda *learned: (forward(*learned, *args[3:]),), args[:3], (grad,))
+            with torch.no_grad():
+                return (forward(*args),)
+
+        return Way(ready, run, **more)
+
 
 def cpu(C: int, train: bool = False) -> Size:
     """The (x, t) plane of the top prior's horizontal stream, on its grid."""
@@ -74,146 +167,3 @@ def gpu_top(train: bool = False) -> Size:
 def gpu_bottom(train: bool = False) -> Size:
     """A layer of the published bottom prior's vertical stream."""
     return Size((8, 1, 64, 64), 512, ROWS_5, train, "cuda", torch.bfloat16)
-
-
-class Fresh(NamedTuple):
-    """One round's values, channels last; every way makes what it needs of them."""
-
-    x: Tensor  # [B, T, H, W, C]
-    weight: Tensor  # [taps, C, 2C]
-    bias: Tensor  # [2C]
-    grad: Tensor  # [B, T, H, W, C], of the output
-
-
-@dataclass(frozen=True)
-class Way:
-    """ready(fresh): arguments of `forward`, of which the first three learn, and the output's gradient as it likes it.
-    read(parts): what was computed, as Fresh has it."""
-
-    ready: Callable[[Fresh], tuple[tuple, Tensor]]
-    forward: Callable[..., Tensor]
-    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
-
-
-def conv_race(size: Size) -> Race:
-    """Everybody who can do the job at this size. Each has run once on the gate's values when it is handed over."""
-    fresh = draw(size, number=-1)
-    contestants, results, able = [], {}, {}
-    for name, (way, missing) in ways(size, fresh).items():
-        found, why = (None, missing) if missing else _tried(name, way, fresh, size.train)
-        contestants.append(Contestant(name, functools.partial(_run, name, way, size.train) if found else None, why))
-        if found:
-            able[name], results[name] = way, found
-    dense = tuple(one.name for one in contestants if one.name.startswith("masked conv3d "))
-    contestants.append(Contestant("masked conv3d", best_of=dense))
-    if len(dense) > len(FORMATS):
-        tuned = tuple(name for name in dense if not name.endswith("ncdhw"))
-        contestants.append(Contestant("tuned conv3d", best_of=tuned))
-    return Race(
-        gate=lambda: _gate(size, fresh, results),
-        inputs=lambda number: _inputs(draw(size, number), able),
-        contestants=contestants,
-        floor=lambda: floor(2.0 * size.multiply_adds, size.bytes_moved, size.device, torch.get_num_threads()),
-        device=size.device,
-    )
-
-
-def ways(size: Size, fresh: Fresh) -> dict[str, tuple[Way, str | None]]:
-    """Contestants by name, ours first, each with why it cannot run."""
-    name = "cpu" if size.device == "cpu" else "triton"
-    told = ops.gated_causal_conv.reasons(fresh.x, fresh.weight, fresh.bias, size.taps, backend=name)[name]
-    found = {"fastvid": (_op_way(size, name), None if told == SERVES else told)}
-    found |= {f"masked conv3d {layout}": (_dense_way(size, layout), None) for layout in FORMATS}
-    if size.device != "cpu":
-        found["masked conv3d compiled"] = _dense_way(size, "channels_last_3d", compiled=True), None
-    return found | {"gather": (_op_way(size, "reference"), None)}
-
-
-def draw(size: Size, number: int) -> Fresh:
-    """A round's values."""
-    generator = torch.Generator(size.device).manual_seed(3000 + number)
-    taps, C = len(size.taps), size.C
-    shapes = ((*size.grid, C), (taps, C, 2 * C), (2 * C,), (*size.grid, C))
-    x, weight, bias, grad = (torch.randn(shape, generator=generator, device=size.device) for shape in shapes)
-    return Fresh(*(part.to(size.dtype) for part in (x, weight * (taps * C) ** -0.5, bias, grad)))
-
-
-def _op_way(size: Size, backend: str) -> Way:
-    def ready(fresh: Fresh) -> tuple[tuple, Tensor]:
-        return (fresh.x, fresh.weight, fresh.bias), fresh.grad
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ops.gated_causal_conv(x, weight, bias, size.taps, backend=backend).out
-
-    return Way(ready, forward, lambda parts: parts)
-
-
-def _dense_way(size: Size, layout: str, compiled: bool = False) -> Way:
-    kernel, held = Kernel(size.taps), FORMATS[layout]
-
-    def ready(fresh: Fresh) -> tuple[tuple, Tensor]:
-        dense = kernel.dense(fresh.weight).contiguous(memory_format=held)
-        x, grad = (part.movedim(-1, 1).contiguous(memory_format=held) for part in (fresh.x, fresh.grad))
-        return (x, dense, fresh.bias, kernel.mask(dense) if size.train else None), grad
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
-        return chunk_gate(kernel.convolve(x, weight if mask is None else weight * mask, bias))
-
-    def read(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found = tuple(part.movedim(1, -1) for part in parts[:2])
-        return found + ((kernel.live(parts[2]), parts[3]) if len(parts) > 2 else ())
-
-    return Way(ready, torch.compile(forward) if compiled else forward, read)
-
-
-def _tried(name: str, way: Way, fresh: Fresh, train: bool) -> tuple[tuple[Tensor, ...] | None, str | None]:
-    """What a way computes of these values, or None and why it cannot. What is ours may not fail."""
-    try:
-        return tuple(part.detach() for part in way.read(compute(way, way.ready(fresh), train))), None
-    except Exception as error:
-        if name == "fastvid":
-            raise
-        return None, f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-
-
-def compute(way: Way, given: tuple[tuple, Tensor], train: bool) -> tuple[Tensor, ...]:
-    """The output, with `train` also the gradients of x, weight and bias."""
-    args, grad = given
-    if not train:
-        with torch.no_grad():
-            return (way.forward(*args),)
-    learned = tuple(part.detach().requires_grad_() for part in args[:3])
-    out = way.forward(*learned, *args[3:])
-    return (out, *torch.autograd.grad(out, learned, grad))
-
-
-def _inputs(fresh: Fresh, able: dict[str, Way]) -> dict[str, tuple[tuple, Tensor]]:
-    return {name: way.ready(fresh) for name, way in able.items()}
-
-
-def _run(name: str, way: Way, train: bool, given: dict[str, Any]) -> tuple[Tensor, ...]:
-    return compute(way, given[name], train)
-
-
-def _gate(size: Size, fresh: Fresh, results: dict[str, tuple[Tensor, ...]]) -> str:
-    """Every output and gradient against float64, measured by the error of plain torch in the same dtype."""
-    exact, plain = (_defined(size, Fresh(*(part.to(dtype) for part in fresh))) for dtype in (torch.float64, size.dtype))
-    for name, result in results.items():
-        for part, ours, true, peer in zip(PARTS[: len(exact)], result, exact, plain, strict=True):
-            try:
-                assert_within_yardstick(ours, true, peer, OURS if name == "fastvid" else PEERS)
-            except AssertionError as error:
-                raise GateError(f"{name}: {part}: {error}") from None
-    parts = ", ".join(PARTS[: len(exact)])
-    return f"{parts} within {OURS:g} times plain torch's error against float64, peers within {PEERS:g} times"
-
-
-def _defined(size: Size, fresh: Fresh) -> tuple[Tensor, ...]:
-    flat, grid = [offset for tap in size.taps for offset in tap], size.grid[1:]
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        args = (x, weight, bias, flat, None, None, "gate", (0, 0, 0), grid, False)
-        return reference.gated_causal_conv(*args)[0]
-
-    way = Way(lambda fresh: (fresh[:3], fresh.grad), forward, lambda parts: parts)
-    return compute(way, way.ready(fresh), size.train)

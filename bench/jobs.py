@@ -22,11 +22,16 @@ Values = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Way:
-    """ready(values): what `run` takes, made before the clock runs. run: the results that are compared."""
+    """ready(values): what `run` takes, made before the clock runs. read: the results of `run` as they are compared."""
 
     ready: Callable[[Values], Any]
     run: Callable[[Any], tuple[Tensor, ...]]
     missing: str | None = None
+    read: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda results: results
+
+    def __call__(self, values: Values) -> tuple[Tensor, ...]:
+        """From values to what is compared."""
+        return tuple(part.detach() for part in self.read(self.run(self.ready(values))))
 
 
 class Job(Protocol):
@@ -68,7 +73,7 @@ def race(job: Job) -> Race:
 def _tried(name: str, way: Way, values: Values) -> tuple[tuple[Tensor, ...] | None, str | None]:
     """What a way computes of these values, or None and why it cannot. What is ours may not fail."""
     try:
-        return tuple(part.detach() for part in way.run(way.ready(values))), None
+        return way(values), None
     except Exception as error:
         if name == "fastvid":
             raise
@@ -90,9 +95,9 @@ def _gate(job: Job, values: Values, results: dict[str, tuple[Tensor, ...]]) -> s
         exact = job.exact(tuple(None if x is None else x.double() for x in sample))
         plain = job.plain(sample)
         for name, found in results.items():
-            for part, ours, true, same in zip(job.parts, found, exact, plain, strict=True):
+            for part, ours, true, torchs in zip(job.parts, found, exact, plain, strict=True):
                 try:
-                    assert_within_yardstick(ours[where], true, same, OURS if name == "fastvid" else PEERS)
+                    assert_within_yardstick(ours[where], true, torchs, OURS if name == "fastvid" else PEERS)
                 except AssertionError as error:
                     raise GateError(f"{name}: {part}: {error}") from None
     results.clear()

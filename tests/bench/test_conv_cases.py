@@ -1,11 +1,13 @@
 """The races of the gated convolution and of whole training steps: what their gates see, and who is timed."""
 
 import copy
+import dataclasses
 import itertools
 
 import cases
 import conv_cases
 import conv_peers
+import jobs
 import pytest
 import torch
 import train_cases
@@ -23,15 +25,13 @@ FORWARD = conv_cases.Size((1, 1, 4, 5), 8, ROWS_5)
 
 def results(size: conv_cases.Size) -> tuple[conv_cases.Fresh, dict[str, tuple]]:
     """Fresh values and what torch's contestants compute of them, gather in ours' place: its gate is the same."""
-    fresh = conv_cases.draw(size, 0)
-    able = {name: way for name, (way, _) in conv_cases.ways(size, fresh).items() if name != "fastvid"}
-    done = {name: tuple(part.detach() for part in way.read(conv_cases.compute(way, way.ready(fresh), size.train)))
-            for name, way in able.items()}  # fmt: skip
+    fresh = size.draw(0)
+    done = {name: way(fresh) for name, way in size.ways(fresh).items() if name != "fastvid"}
     return fresh, {"fastvid": done["gather"], **done}
 
 
 def native_missing() -> str | None:
-    return conv_cases.ways(TINY, conv_cases.draw(TINY, 0))["fastvid"][1]
+    return TINY.ways(TINY.draw(0))["fastvid"].missing
 
 
 # ---- one layer
@@ -41,7 +41,7 @@ def native_missing() -> str | None:
 def test_the_gate_holds_for_everybody(size):
     fresh, found = results(size)
     assert set(found) == {"fastvid", "masked conv3d ncdhw", "masked conv3d channels_last_3d", "gather"}
-    assert "out" in conv_cases._gate(size, fresh, found)
+    assert "out" in jobs._gate(size, fresh, found)
 
 
 @pytest.mark.parametrize("name", ["fastvid", "masked conv3d ncdhw"])
@@ -53,25 +53,25 @@ def test_the_gate_sees(name, part, wrong):
     parts = list(found[name])
     parts[part] = wrong(parts[part])
     with pytest.raises(GateError, match=f"{name}: {conv_cases.PARTS[part]}"):
-        conv_cases._gate(TINY, fresh, found | {name: tuple(parts)})
+        jobs._gate(TINY, fresh, found | {name: tuple(parts)})
 
 
 def test_a_peer_that_forgets_its_mask_is_seen():
     size = conv_cases.Size((1, 1, 3, 4), 4, LEFT_5, train=True)
-    way = conv_cases._dense_way(size, "ncdhw")
+    way = size.dense_way("ncdhw")
 
     def forgetful(fresh):
         (x, dense, bias, mask), grad = way.ready(fresh)
         return (x, dense + (1 - mask), bias, torch.ones_like(mask)), grad
 
     fresh, found = results(size)
-    unmasked = way.read(conv_cases.compute(way, forgetful(fresh), True))
+    unmasked = dataclasses.replace(way, ready=forgetful)(fresh)
     with pytest.raises(GateError, match="masked conv3d ncdhw: out"):
-        conv_cases._gate(size, fresh, found | {"masked conv3d ncdhw": unmasked})
+        jobs._gate(size, fresh, found | {"masked conv3d ncdhw": unmasked})
 
 
 def test_every_round_has_values_of_its_own():
-    first, again, other = (conv_cases.draw(TINY, number) for number in (1, 1, 2))
+    first, again, other = (TINY.draw(number) for number in (1, 1, 2))
     for one, same, new in zip(first, again, other, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, new)
 
@@ -90,7 +90,7 @@ def test_a_race_is_timed_and_told():
     if reason := native_missing():
         pytest.skip(reason)
     goal = {"masked conv3d": 1e9, "gather": None}
-    case = cases.Case("tiny", str(TINY), "fastvid", goal, open=lambda: conv_cases.conv_race(TINY), threads=1)
+    case = cases.Case("tiny", str(TINY), "fastvid", goal, open=lambda: jobs.race(TINY), threads=1)
     entry = cases.measure(case, rounds=2)
     rows = {row["name"]: row for row in entry["contestants"]}
     assert entry["check"] == "ok" and all(row["runs"] == 2 for row in rows.values())
@@ -108,16 +108,6 @@ def test_the_best_of_nobody_is_missing():
     best = entry["contestants"][-1]
     assert entry["ratio"] == {"best": None} and best["missing"].startswith("none of those")
     assert "missing: none of those" in text_of(entry)
-
-
-def test_what_is_ours_may_not_fail():
-    def broken(*_):
-        raise RuntimeError("no")
-
-    way = conv_cases.Way(lambda fresh: ((), None), broken, tuple)
-    with pytest.raises(RuntimeError):
-        conv_cases._tried("fastvid", way, None, False)
-    assert conv_cases._tried("gather", way, None, False) == (None, "raised RuntimeError: no")
 
 
 # ---- whole steps
