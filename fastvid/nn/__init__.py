@@ -1,6 +1,8 @@
 """Drop-in torch modules."""
 
-from fastvid.nn.attention import AttentionCache, CausalAttention3d
+from fastvid.nn.attention import CausalAttention3d
+from fastvid.nn.axial import AxialAttention, AxialBlock, AxisAttention, SelfAttention
+from fastvid.nn.block_local import BlockLocalAttention
 from fastvid.nn.codebook import perplexity
 from fastvid.nn.conv import GatedCausalConv3d
 from fastvid.nn.dense import Conv3d, ResidualBlock3d
@@ -8,9 +10,11 @@ from fastvid.nn.gated import GatedPixelBlock, GatedPixelStack, GatedStackConfig,
 from fastvid.nn.live_kernel import raster_taps
 from fastvid.nn.masked import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d, MaskedConv3d
 from fastvid.nn.quantize import VectorQuantize
+from fastvid.nn.separable import SeparableAttention
 
 __all__ = [
-    "AttentionCache", "CausalAttention3d", "Conv3d", "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d",
-    "GatedCausalConv3d", "GatedPixelBlock", "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d",
-    "ResidualBlock3d", "VectorQuantize", "code_loss", "perplexity", "raster_taps",
+    "AxialAttention", "AxialBlock", "AxisAttention", "BlockLocalAttention", "CausalAttention3d", "Conv3d",
+    "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d", "GatedPixelBlock",
+    "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "SelfAttention",
+    "SeparableAttention", "VectorQuantize", "code_loss", "perplexity", "raster_taps",
 ]
