@@ -13,7 +13,8 @@ from fastvid import ops
 from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
-ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler")  # rooms whose ops have backends to choose from
+# rooms whose ops have backends to choose from
+ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler")
 
 
 # what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of what launches

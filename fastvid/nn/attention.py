@@ -47,8 +47,10 @@ class CausalAttention3d(nn.Module):
             # in raster order this is plain causal attention, which torch has fast
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)  # [B, N, A, E]
             return self.out(attended.reshape(h.shape))
-        along_x, along_y = (ops.axial_attention(qkv, axis=3, mask="causal", keep=True), self._strict(qkv, 2))
-        return self.out(_merged([along_x, along_y, self._strict(qkv, 1)]).flatten(-2))
+        parts = [ops.axial_attention(qkv, axis=3, mask="causal", keep=True)]
+        # along the others a position does not see itself again, and nothing at all where there is one position
+        parts += [ops.axial_attention(qkv, axis=a, mask="strict", keep=True) for a in (2, 1) if h.shape[a] > 1]
+        return self.out(_merged(parts).flatten(-2))
 
     def new_cache(self, batch: int, grid: tuple[int, int, int]) -> AttentionCache:
         """An empty cache for `step` over a grid (T, H, W), in the parameters' dtype and on their device."""
@@ -88,10 +90,6 @@ class CausalAttention3d(nn.Module):
 
     def _split(self, qkv: Tensor) -> Tensor:
         return qkv.unflatten(-1, (3, self.heads, -1))
-
-    @staticmethod
-    def _strict(qkv: Tensor, axis: int) -> ops.Attended:
-        return ops.axial_attention(qkv, axis=axis, mask="strict", keep=True)
 
 
 def _on_axes(q: Tensor, cache: AttentionCache, t: int, y: int, row: slice) -> list[ops.Attended]:

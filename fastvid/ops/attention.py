@@ -154,7 +154,8 @@ def axial_attention(
 def _check_shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """One tensor with the queries' shape and one with the keys'."""
     if not q.is_floating_point() or (k is None) != (v is None):
-        raise ValueError(f"axial_attention: wanted floating q, k and v, or one fused q, got {q.dtype} {_shapes(q, k, v)}.")
+        got = f"{q.dtype} {_shapes(q, k, v)}"
+        raise ValueError(f"axial_attention: wanted floating q, k and v, or one fused q, got {got}.")
     if k is None:
         if q.ndim != 7 or q.shape[4] != 3:
             raise ValueError(f"axial_attention: a fused `q` must be [B, T, H, W, 3, A, E], got {_shapes(q)}.")
