@@ -87,7 +87,7 @@ Place place_of(const Plan& plan, float* projected, float* hidden, int64_t group,
 
 void attend_group(const Plan& plan, const Scratch& scratch, int64_t group, int64_t positions) {
     for (int64_t p = 0; p < positions; p += plan.n) {
-        Place places[MOST_TOGETHER];
+        Place places[MOST_HEADS];
         const int64_t heads = plan.heads_of(group);
         for (int64_t head = 0; head < heads; ++head)
             places[head] = place_of(plan, scratch.projected + p * plan.width, scratch.hidden + p * plan.hidden, group,

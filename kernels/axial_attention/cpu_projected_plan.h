@@ -7,10 +7,10 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int64_t MOST_SUMMED = 256;      // products that are summed before the sum joins the total
-constexpr int64_t WANTED = 96;            // positions of a block: enough that a panel is worth fetching
-constexpr int64_t MOST_TOGETHER = 8;      // heads whose queries, keys and values are in scratch at once
-constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread
+constexpr int64_t MOST_SUMMED = 256;         // products that are summed before the sum joins the total
+constexpr int64_t WANTED_POSITIONS = 96;  // positions of a block: enough that a panel is worth fetching
+constexpr int64_t MOST_HEADS = 8;           // heads whose queries, keys and values are in scratch at once
+constexpr int64_t THREAD_WORK = 1 << 19;     // multiply-adds, about 10 microseconds: less is not worth another thread
 
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -53,7 +53,7 @@ struct Plan {
 // The fewest heads whose columns leave little of their panels empty.
 inline int64_t heads_together(int64_t head_width, int64_t A) {
     int64_t best = 1, least = INT64_MAX;
-    for (int64_t heads = 1; heads <= at_most(A, MOST_TOGETHER) && least > 4; ++heads) {
+    for (int64_t heads = 1; heads <= at_most(A, MOST_HEADS) && least > 4; ++heads) {
         const int64_t columns = heads * head_width, empty = parts_of(columns, PANEL) * PANEL - columns;
         const int64_t share = 64 * empty / columns;
         if (share < least) best = heads;
@@ -62,13 +62,13 @@ inline int64_t heads_together(int64_t head_width, int64_t A) {
     return best;
 }
 
-// Whole boxes of about WANTED positions, in tiles of which few rows are missing.
+// Whole boxes of about WANTED_POSITIONS positions, in tiles of which few rows are missing.
 inline int64_t positions_together(int64_t n, int64_t boxes) {
     int64_t best = 1, least = INT64_MAX;
-    for (int64_t count = at_least(WANTED / 2 / n, 1); count <= at_most(boxes, 2 * WANTED / n); ++count) {
+    for (int64_t count = at_least(WANTED_POSITIONS / 2 / n, 1); count <= at_most(boxes, 2 * WANTED_POSITIONS / n); ++count) {
         const int64_t positions = count * n, missing = parts_of(positions, TILE_ROWS) * TILE_ROWS - positions;
         const int64_t share = 256 * missing / positions;
-        if (share < least || (share == least && positions <= WANTED)) best = count;
+        if (share < least || (share == least && positions <= WANTED_POSITIONS)) best = count;
         least = at_most(share, least);
     }
     return at_most(best, boxes) * n;
@@ -85,7 +85,7 @@ inline void plan_blocks(Plan& plan, int64_t boxes) {
         const int64_t share = plan.threads == 1 ? boxes : boxes / wanted;
         plan.block = positions_together(plan.n, share);
     } else {
-        plan.block = parts_of(at_most(parts_of(plan.N, wanted), WANTED), TILE_ROWS) * TILE_ROWS;
+        plan.block = parts_of(at_most(parts_of(plan.N, wanted), WANTED_POSITIONS), TILE_ROWS) * TILE_ROWS;
     }
     plan.blocks = parts_of(plan.N, plan.block);
 }
