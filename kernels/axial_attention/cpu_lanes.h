@@ -58,6 +58,43 @@ inline float largest_lane(Floats v) {
 #endif
 }
 
+// The same of each of several rows.
+#if defined(FASTVID_X86) && defined(__AVX2__) && !defined(__AVX512BW__)
+template <class Fold>
+inline Floats fold_rows(const Floats* rows, Fold fold) {
+    __m256 halves[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        halves[i] = fold(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20),
+                         _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+    const __m256 even = fold(_mm256_shuffle_ps(halves[0], halves[1], 0x44), _mm256_shuffle_ps(halves[0], halves[1], 0xee));
+    const __m256 odd = fold(_mm256_shuffle_ps(halves[2], halves[3], 0x44), _mm256_shuffle_ps(halves[2], halves[3], 0xee));
+    return fold(_mm256_shuffle_ps(even, odd, 0x88), _mm256_shuffle_ps(even, odd, 0xdd));
+}
+
+template <int ROWS>
+inline void sum_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
+    static_assert(ROWS == LANES);
+    store(to, fold_rows(rows, [](Floats a, Floats b) { return a + b; }));
+}
+
+template <int ROWS>
+inline void largest_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
+    static_assert(ROWS == LANES);
+    store(to, fold_rows(rows, [](Floats a, Floats b) { return larger(a, b); }));
+}
+#else
+template <int ROWS>
+inline void sum_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
+    for (int r = 0; r < ROWS; ++r) to[r] = sum_of_lanes(rows[r]);
+}
+
+template <int ROWS>
+inline void largest_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
+    for (int r = 0; r < ROWS; ++r) to[r] = largest_lane(rows[r]);
+}
+#endif
+
 // Rows become columns: lane i of v[j] is then what lane j of v[i] was.
 #if defined(FASTVID_X86) && defined(__AVX512BW__)
 inline void turn(Floats (&v)[LANES]) {
@@ -120,11 +157,20 @@ inline void turn(Floats (&v)[LANES]) {
 }
 #endif
 
-// Lane i: i < count ? v[i] : otherwise.
-inline Floats first_lanes(Floats v, int64_t count, float otherwise) {
+inline Ints lane_numbers() {
     Ints lanes;
     for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
-    return lanes < (int32_t)count ? v : repeat(otherwise);
+    return lanes;
+}
+
+// Lane i: i < count ? v[i] : otherwise.
+inline Floats first_lanes(Floats v, int64_t count, float otherwise) {
+    return lane_numbers() < (int32_t)count ? v : repeat(otherwise);
+}
+
+// Lane i: i >= start ? v[i] : otherwise.
+inline Floats from_lane(Floats v, int64_t start, float otherwise) {
+    return lane_numbers() < (int32_t)start ? repeat(otherwise) : v;
 }
 
 }  // namespace
