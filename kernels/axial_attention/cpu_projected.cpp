@@ -19,6 +19,7 @@ struct Scratch {
     float* staging;                     // [block][C]
     float *projected, *hidden;          // [block][width] and [block][hidden], if blocks are whole
     float* sums;                        // [block][PANEL]
+    Place* spots;                       // [boxes of a block][heads of a group]
     LineScratch line;
 
     void cut(Cutter& cutter, const Plan& plan) {
@@ -30,6 +31,7 @@ struct Scratch {
         projected = cutter.cut<float>(plan.whole ? plan.block * plan.width : 0);
         hidden = cutter.cut<float>(plan.whole ? plan.block * plan.hidden : 0);
         sums = cutter.cut<float>(plan.block * PANEL);
+        spots = cutter.cut<Place>(plan.whole ? plan.block / plan.n * plan.together : 0);
         line.cut(cutter, plan.task);
     }
 };
@@ -37,7 +39,7 @@ struct Scratch {
 // Neighbouring channels of all positions before the next ones: where channels are far apart, positions are neighbours.
 void stage_rows(const Plan& plan, const Scratch& scratch, int64_t positions) {
     const Positions& x = plan.call.x;
-    const int64_t C = plan.call.C, step = x.strides[4], bytes = x.type == FLOAT32 ? 4 : 2;
+    const int64_t C = plan.call.C, step = x.strides[4], bytes = bytes_of(x.type);
     for (int64_t c = 0; c < C; c += STRIP)
         for (int64_t p = 0; p < positions; ++p)
             copy_row((const char*)x.data + (scratch.from[p] + c * step) * bytes, step, x.type, at_most(C - c, STRIP),
@@ -72,6 +74,7 @@ void project(const Plan& plan, const Scratch& scratch, int64_t group, int64_t po
 void project_out(const Plan& plan, Scratch& scratch, const float* hidden, int64_t positions) {
     for (int64_t p = 0; p < positions; ++p) scratch.hidden_rows[p] = hidden + p * plan.hidden;
     for (int64_t panel = 0; panel < plan.out_panels; ++panel) {
+        fetch_places(plan, panel, scratch.places, positions);
         multiply_panel(scratch.hidden_rows, positions, plan.hidden, plan.packed_out + panel * plan.hidden * PANEL,
                        scratch.sums, PANEL);
         finish_panel(plan, panel, scratch.places, scratch.sums, positions);
@@ -85,15 +88,15 @@ Place place_of(const Plan& plan, float* projected, float* hidden, int64_t group,
     return {q, q + call.E, q + 2 * call.E, nullptr, hidden + (group * plan.together + head) * call.D, nullptr};
 }
 
+// Heads of neighbouring boxes are given together: short ones are then attended to together.
 void attend_group(const Plan& plan, const Scratch& scratch, int64_t group, int64_t positions) {
-    for (int64_t p = 0; p < positions; p += plan.n) {
-        Place places[MOST_HEADS];
-        const int64_t heads = plan.heads_of(group);
+    const int64_t heads = plan.heads_of(group);
+    int64_t count = 0;
+    for (int64_t p = 0; p < positions; p += plan.n)
         for (int64_t head = 0; head < heads; ++head)
-            places[head] = place_of(plan, scratch.projected + p * plan.width, scratch.hidden + p * plan.hidden, group,
-                                    head);
-        attend(plan.task, places, heads, scratch.line);
-    }
+            scratch.spots[count++] = place_of(plan, scratch.projected + p * plan.width,
+                                              scratch.hidden + p * plan.hidden, group, head);
+    attend(plan.task, scratch.spots, count, scratch.line);
 }
 
 void do_block(const Plan& plan, Scratch& scratch, int64_t first, int64_t positions) {

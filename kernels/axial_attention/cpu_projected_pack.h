@@ -14,8 +14,7 @@ struct Column {
 };
 
 inline Column column_of(const Matrix& matrix, int64_t row) {
-    return {(const char*)matrix.data + row * matrix.strides[0] * (matrix.type == FLOAT32 ? 4 : 2), matrix.strides[1],
-            matrix.type};
+    return {(const char*)matrix.data + row * matrix.strides[0] * bytes_of(matrix.type), matrix.strides[1], matrix.type};
 }
 
 // A group's columns are, head by head, those of its query, its key and its value.

@@ -7,10 +7,12 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int64_t MOST_SUMMED = 256;         // products that are summed before the sum joins the total
+constexpr int64_t MOST_SUMMED = 256;  // products that are summed before the sum joins the total
 constexpr int64_t WANTED_POSITIONS = 96;  // positions of a block: enough that a panel is worth fetching
-constexpr int64_t MOST_HEADS = 8;           // heads whose queries, keys and values are in scratch at once
-constexpr int64_t THREAD_WORK = 1 << 19;     // multiply-adds, about 10 microseconds: less is not worth another thread
+constexpr int64_t MOST_HEADS = 8;  // heads whose queries, keys and values are in scratch at once
+constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread
+
+inline int64_t bytes_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -65,7 +67,8 @@ inline int64_t heads_together(int64_t head_width, int64_t A) {
 // Whole boxes of about WANTED_POSITIONS positions, in tiles of which few rows are missing.
 inline int64_t positions_together(int64_t n, int64_t boxes) {
     int64_t best = 1, least = INT64_MAX;
-    for (int64_t count = at_least(WANTED_POSITIONS / 2 / n, 1); count <= at_most(boxes, 2 * WANTED_POSITIONS / n); ++count) {
+    const int64_t first = at_least(WANTED_POSITIONS / 2 / n, 1), last = at_most(boxes, 2 * WANTED_POSITIONS / n);
+    for (int64_t count = first; count <= last; ++count) {
         const int64_t positions = count * n, missing = parts_of(positions, TILE_ROWS) * TILE_ROWS - positions;
         const int64_t share = 256 * missing / positions;
         if (share < least || (share == least && positions <= WANTED_POSITIONS)) best = count;

@@ -56,6 +56,13 @@ inline void multiply_panel(const float* const* rows, int64_t positions, int64_t 
     }
 }
 
+// Asks for what finish_panel will write: its sums take longer than memory.
+inline void fetch_places(const Plan& plan, int64_t panel, const int64_t* places, int64_t positions) {
+    const Positions& out = plan.call.out;
+    const char* first = (const char*)out.data + panel * PANEL * out.strides[4] * bytes_of(out.type);
+    for (int64_t p = 0; p < positions; ++p) __builtin_prefetch(first + places[p] * bytes_of(out.type), 1);
+}
+
 // A panel's sums, [positions][PANEL], go to out at the positions' places.
 inline void finish_panel(const Plan& plan, int64_t panel, const int64_t* places, const float* sums,
                          int64_t positions) {
@@ -76,7 +83,7 @@ inline void finish_panel(const Plan& plan, int64_t panel, const int64_t* places,
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = places[p] + (first + i) * step;
             const float value = sums[i] + bias[i] + (add ? element(out.data, out.type, at) : 0.0f);
-            write_row(&value, 1, (char*)out.data + at * (out.type == FLOAT32 ? 4 : 2), 1, out.type);
+            write_row(&value, 1, (char*)out.data + at * bytes_of(out.type), 1, out.type);
         }
 }
 
