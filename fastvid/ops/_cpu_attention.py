@@ -45,7 +45,7 @@ def why_not_backward(q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor
 def why_not_self(x: Tensor, weights: list[Tensor], *_) -> str | None:
     """Why the native axial_self_attention cannot serve these arguments; None when it can."""
     dtypes = {dtype: TYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
-    return _refusal(dtypes, x, *weights) or "is not written yet"
+    return _refusal(dtypes, x, *weights)
 
 
 def _refusal(dtypes: dict[torch.dtype, int], *tensors: Tensor | None) -> str | None:
