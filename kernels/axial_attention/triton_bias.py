@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from fastvid.kernels.axial_attention.triton_backward import _flat, _reference_points
-from fastvid.kernels.axial_attention.triton_forward import LOG2E, _places, _products, _rounded, _seen, _strided
+from fastvid.kernels.axial_attention.triton_forward import _bias, _binary, _places, _products, _rounded, _seen, _strided
 
 
 @triton.jit(do_not_specialize=["boxes", "chunk", "CT", "CY", "CX", "QT", "QY", "QX", "KT", "KY", "KX"])
@@ -15,8 +15,8 @@ def _bias_kernel(
     stride_vb, stride_vt, stride_vy, stride_vx, stride_va, stride_vd,
     stride_gb, stride_gt, stride_gy, stride_gx, stride_ga, stride_gd,
     stride_ba, stride_bi, stride_bj, stride_ob, stride_ot, stride_oy, stride_ox,
-    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, PACK: tl.constexpr,
-    SLOT_N: tl.constexpr, SLOT_M: tl.constexpr, STEP: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, WHOLE: tl.constexpr,
+    PACK: tl.constexpr, SLOT_N: tl.constexpr, SLOT_M: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Of one head a tile of the scores' gradient, queries down, summed over `chunk` boxes: part [chunks PACK, A, n, m].
 
@@ -32,10 +32,8 @@ def _bias_kernel(
     i_rest = i_rest // down
     i_a, i_chunk = i_rest % A, i_rest // A
     m_own = (o_i < n)[:, None] & (s_i[:, None] == s_j[None, :])
-    o_bias = i_a.to(tl.int64) * stride_ba + (o_i.to(tl.int64) * stride_bi)[:, None]
-    m_bias = m_own & (o_j < m)[None, :]
-    b_bias = tl.load(bias_ptr + (o_bias + (o_j.to(tl.int64) * stride_bj)[None, :]), mask=m_bias, other=0.0)
-    b_bias = b_bias.to(tl.float32) * LOG2E
+    b_bias = _bias(bias_ptr, i_a, o_i[:, None], o_j[None, :], (o_i < n)[:, None], (o_j < m)[None, :], stride_ba,
+                   stride_bi, stride_bj, WHOLE)  # fmt: skip
     acc = tl.zeros((PACK * SLOT_N, PACK * SLOT_M), tl.float32)
     begin = i_chunk * chunk
     end = tl.minimum(begin + chunk, boxes)
@@ -43,21 +41,21 @@ def _bias_kernel(
         m_i, m_j = (o_i < n) & (i_box + s_i < end), (o_j < m) & (i_box + s_j < end)
         place = _places((i_box + s_i) * A + i_a, o_i, A, CT, CY, CX, QT, QY, QX, LINE)
         key = _places((i_box + s_j) * A + i_a, o_j, A, CT, CY, CX, KT, KY, KX, LINE)
-        o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa)
-        o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka)
+        o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa, LINE)
+        o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka, LINE)
         b_s = _products(q_ptr, o_q, m_i, stride_qe, k_ptr, o_k, m_j, stride_ke, E, STEP)
         m_s = _seen(o_i[:, None], o_j[None, :], m_own & m_i[:, None], m_j[None, :], m - n, MASK)
-        o_row = _flat(place, stride_ob, stride_ot, stride_oy, stride_ox, A, 1)
-        b_s = tl.where(m_s, b_s * (scale * LOG2E) + b_bias, float("-inf"))
+        o_row = _flat(place, stride_ob, stride_ot, stride_oy, stride_ox, A, 1, LINE)
+        b_s = _binary(b_s, scale, b_bias, m_s)
         b_p = tl.exp2(b_s - _reference_points(lse_ptr, o_row, m_i)[:, None])
         b_slope = -tl.load(delta_ptr + o_row, mask=m_i, other=0.0)[:, None]
         if grad_ptr is not None:
-            o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va)
-            o_g = _strided(place, stride_gb, stride_gt, stride_gy, stride_gx, stride_ga)
+            o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va, LINE)
+            o_g = _strided(place, stride_gb, stride_gt, stride_gy, stride_gx, stride_ga, LINE)
             b_slope += _products(grad_ptr, o_g, m_i, stride_gd, v_ptr, o_v, m_j, stride_vd, D, STEP)
         acc += b_p * b_slope
     o_part = ((i_chunk * PACK + s_i).to(tl.int64) * A + i_a) * n + o_i
-    tl.store(part_ptr + (o_part[:, None] * m + o_j[None, :]), acc, mask=m_bias)
+    tl.store(part_ptr + (o_part[:, None] * m + o_j[None, :]), acc, mask=m_own & (o_j < m)[None, :])
 
 
 @triton.jit(do_not_specialize=["parts"])

@@ -36,25 +36,30 @@ def _product(b, b_other, KIND: tl.constexpr):
 
 @triton.jit
 def _places(i_u, o_i, A, CT, CY, CX, ST, SY, SX, LINE: tl.constexpr):
-    """Sample, t, y, x and head of positions o_i of unit i_u; CT, CY, CX boxes of ST, SY, SX positions a sample."""
+    """Sample, t, y, x and head of positions o_i of unit i_u; CT, CY, CX boxes of ST, SY, SX positions a sample.
+
+    Lines have no t: the launcher counts it with the samples or with y.
+    """
     i_box, i_a = i_u // A, i_u % A
-    i_row = i_box // CX
-    i_frame = i_row // CY
-    o_t, o_y, o_x = i_frame % CT, i_row % CY, i_box % CX
+    o_x, i_row = i_box % CX * SX, i_box // CX
+    o_y, i_frame = i_row % CY, i_row // CY
     if LINE:
-        o_x = o_x * SX + o_i
+        o_b, o_t, o_x = i_frame, i_frame, o_x + o_i
     else:
         o_row = o_i // SX
-        o_t, o_y, o_x = o_t * ST + o_row // SY, o_y * SY + o_row % SY, o_x * SX + o_i % SX
-    return i_frame // CT, o_t, o_y, o_x, i_a
+        o_b, o_t = i_frame // CT, i_frame % CT * ST + o_row // SY
+        o_y, o_x = o_y * SY + o_row % SY, o_x + o_i % SX
+    return o_b, o_t, o_y, o_x, i_a
 
 
 @triton.jit
-def _strided(place, stride_b, stride_t, stride_y, stride_x, stride_a):
+def _strided(place, stride_b, stride_t, stride_y, stride_x, stride_a, LINE: tl.constexpr):
     """64-bit offsets of places in a tensor [B, T, H, W, A, E]."""
     o_b, o_t, o_y, o_x, o_a = place
-    o = o_b.to(tl.int64) * stride_b + o_t.to(tl.int64) * stride_t + o_y.to(tl.int64) * stride_y
-    return o + o_x.to(tl.int64) * stride_x + o_a.to(tl.int64) * stride_a
+    o = o_b.to(tl.int64) * stride_b + o_y.to(tl.int64) * stride_y + o_a.to(tl.int64) * stride_a
+    if not LINE:
+        o += o_t.to(tl.int64) * stride_t
+    return o + o_x.to(tl.int64) * stride_x
 
 
 @triton.jit
@@ -106,13 +111,23 @@ def _seen(o_i, o_j, m_i, m_j, gap, MASK: tl.constexpr):
 
 
 @triton.jit
-def _binary(b_s, scale, bias_ptr, o_bias, m):
-    """Scores for exp2, of products q k: scaled, with the bias, -inf where not seen. So no row is without a maximum of
-    its own kind, and what sees nothing gives zeros: see _top."""
-    b_s *= scale * LOG2E
-    if bias_ptr is not None:
-        b_s += tl.load(bias_ptr + o_bias, mask=m, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(m, b_s, float("-inf"))
+def _bias(bias_ptr, i_a, o_i, o_j, m_i, m_j, stride_a, stride_i, stride_j, WHOLE: tl.constexpr):
+    """The bias of scores for exp2; 0.0 without. o_i, o_j and their masks as rows and columns of the tile, or turned.
+
+    A bias has less than 2**31 elements. WHOLE: there are keys in all columns; a mask of them would keep loads narrow.
+    """
+    if bias_ptr is None:
+        return 0.0
+    else:
+        m = m_i if WHOLE else m_i & m_j
+        o = i_a * stride_a + o_i * stride_i + o_j * stride_j
+        return tl.load(bias_ptr + o, mask=m, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def _binary(b_s, scale, b_bias, m):
+    """Scores for exp2, of products q k: scaled, with the bias, -inf where not seen: see _top."""
+    return tl.where(m, b_s * (scale * LOG2E) + b_bias, float("-inf"))
 
 
 @triton.jit
@@ -122,11 +137,13 @@ def _top(b_top):
 
 
 @triton.jit
-def _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, D: tl.constexpr,
-            BLOCK_D: tl.constexpr):  # fmt: skip
+def _finish(
+    acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, LINE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Stores the weighted sums over their weights' sum, and the logarithm of that; 0 and -inf where nothing is seen."""
     o_b, o_t, o_y, o_x = o_strides
-    o_row = _strided(place, o_b, o_t, o_y, o_x, 0) * A + place[4]
+    o_row = _strided(place, o_b, o_t, o_y, o_x, 0, LINE) * A + place[4]
     acc = acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     _write(out_ptr, o_row * D, m_i, first, acc, D, BLOCK_D)
     if lse_ptr is not None:
@@ -141,14 +158,14 @@ def _tile_kernel(
     stride_kb, stride_kt, stride_ky, stride_kx, stride_ka, stride_ke,
     stride_vb, stride_vt, stride_vy, stride_vx, stride_va, stride_vd,
     stride_ba, stride_bi, stride_bj, stride_ob, stride_ot, stride_oy, stride_ox,
-    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, PACK: tl.constexpr,
-    SLOT_N: tl.constexpr, SLOT_M: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, WHOLE: tl.constexpr,
+    PACK: tl.constexpr, SLOT_N: tl.constexpr, SLOT_M: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Units whose keys fit one tile: PACK of them side by side, each in slots of SLOT_N rows and SLOT_M columns.
 
     A slot is a power of two, so that where in a tile a unit stands cannot change how the matrix units group its sums.
-    Products of q and k are taken STEP columns at a time. Boxes of QT QY QX queries and KT KY KX keys; strides of out and lse count positions. Programs: units, tiles of
-    queries (with PACK 1), tiles of values' columns.
+    Products of q and k are taken STEP columns at a time. Boxes of QT QY QX queries and KT KY KX keys; strides o, of out
+    and lse, count positions. Programs: units, tiles of queries (with PACK 1), tiles of values' columns.
     """
     n, m = QT * QY * QX, KT * KY * KX
     columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -168,20 +185,22 @@ def _tile_kernel(
         m_own = m_i[:, None] & (i_u[:, None] == i_v[None, :])
     place = _places(i_u, o_i, A, CT, CY, CX, QT, QY, QX, LINE)
     key = _places(i_v, o_j, A, CT, CY, CX, KT, KY, KX, LINE)
-    o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa)
-    o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka)
-    o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va)
+    o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa, LINE)
+    o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka, LINE)
+    o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va, LINE)
     b_v = _read(v_ptr, o_v, m_j, stride_vd, first, D, BLOCK_D)
     b_s = _products(q_ptr, o_q, m_i, stride_qe, k_ptr, o_k, m_j, stride_ke, E, STEP)
     m_own = _seen(o_i[:, None], o_j[None, :], m_own, m_j[None, :], m - n, MASK)
-    o_bias = (place[4].to(tl.int64) * stride_ba + o_i.to(tl.int64) * stride_bi)[:, None]
-    b_s = _binary(b_s, scale, bias_ptr, o_bias + (o_j.to(tl.int64) * stride_bj)[None, :], m_own)
+    i_a = place[4] if PACK == 1 else place[4][:, None]
+    b_bias = _bias(bias_ptr, i_a, o_i[:, None], o_j[None, :], m_i[:, None], m_j[None, :], stride_ba, stride_bi,
+                   stride_bj, WHOLE)  # fmt: skip
+    b_s = _binary(b_s, scale, b_bias, m_own)
     b_top = tl.max(b_s, axis=1)
     b_p = tl.exp2(b_s - _top(b_top)[:, None])
     b_sum = tl.sum(b_p, axis=1)
     acc = _product(b_p, b_v, v_ptr.dtype.element_ty)
     o_strides = stride_ob, stride_ot, stride_oy, stride_ox
-    _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, D, BLOCK_D)
+    _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, LINE, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["CT", "CY", "CX", "QT", "QY", "QX", "KT", "KY", "KX", "rows"])
@@ -191,8 +210,8 @@ def _long_kernel(
     stride_kb, stride_kt, stride_ky, stride_kx, stride_ka, stride_ke,
     stride_vb, stride_vt, stride_vy, stride_vx, stride_va, stride_vd,
     stride_ba, stride_bi, stride_bj, stride_ob, stride_ot, stride_oy, stride_ox,
-    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, LINE: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_N queries of one unit, through its keys in tiles of BLOCK_M with a running softmax.
 
@@ -217,10 +236,9 @@ def _long_kernel(
     o_i, o_c = i_first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     m_i = o_i < n
     place = _places(i_u, o_i, A, CT, CY, CX, QT, QY, QX, LINE)
-    o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa)
+    o_q = _strided(place, stride_qb, stride_qt, stride_qy, stride_qx, stride_qa, LINE)
     if STEP >= E:
         b_q = _read(q_ptr, o_q, m_i, stride_qe, 0, E, STEP)
-    o_bias = (place[4].to(tl.int64) * stride_ba + o_i.to(tl.int64) * stride_bi)[:, None]
 
     b_top, b_sum = tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -228,19 +246,21 @@ def _long_kernel(
         o_j = i_j + o_c
         m_j = o_j < end
         key = _places(i_u, o_j, A, CT, CY, CX, KT, KY, KX, LINE)
-        o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka)
+        o_k = _strided(key, stride_kb, stride_kt, stride_ky, stride_kx, stride_ka, LINE)
         if STEP >= E:
             b_k = _read(k_ptr, o_k, m_j, stride_ke, 0, E, STEP)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         else:
             b_s = _products(q_ptr, o_q, m_i, stride_qe, k_ptr, o_k, m_j, stride_ke, E, STEP)
         m_s = _seen(o_i[:, None], o_j[None, :], m_i[:, None], m_j[None, :], m - n, MASK)
-        b_s = _binary(b_s, scale, bias_ptr, o_bias + (o_j.to(tl.int64) * stride_bj)[None, :], m_s)
+        b_bias = _bias(bias_ptr, place[4], o_i[:, None], o_j[None, :], m_i[:, None], m_j[None, :], stride_ba, stride_bi,
+                       stride_bj, WHOLE)  # fmt: skip
+        b_s = _binary(b_s, scale, b_bias, m_s)
         b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
         b_p = tl.exp2(b_s - _top(b_new)[:, None])
         b_fade = tl.exp2(b_top - _top(b_new))
         b_sum = b_sum * b_fade + tl.sum(b_p, axis=1)
-        o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va)
+        o_v = _strided(key, stride_vb, stride_vt, stride_vy, stride_vx, stride_va, LINE)
         b_v = _read(v_ptr, o_v, m_j, stride_vd, first, D, BLOCK_D)
         b_p = _factor(_rounded(b_p, v_ptr.dtype.element_ty))
         acc = tl.dot(b_p, b_v, acc * b_fade[:, None], input_precision="ieee")
@@ -254,7 +274,7 @@ def _long_kernel(
         _write(part_ptr + 2 * all_rows, o_row * D, m_i, first, acc, D, BLOCK_D)
     else:
         o_strides = stride_ob, stride_ot, stride_oy, stride_ox
-        _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, D, BLOCK_D)
+        _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_i, first, A, LINE, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "CT", "CY", "CX", "QT", "QY", "QX"])
@@ -284,4 +304,4 @@ def _merge_kernel(
         o_row += rows
     place = _places(o_r // n, o_r % n, A, CT, CY, CX, QT, QY, QX, LINE)
     o_strides = stride_ob, stride_ot, stride_oy, stride_ox
-    _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_r, first, A, D, BLOCK_D)
+    _finish(acc, b_top, b_sum, out_ptr, lse_ptr, place, o_strides, m_r, first, A, LINE, D, BLOCK_D)

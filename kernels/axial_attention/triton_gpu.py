@@ -7,8 +7,7 @@ import torch
 import triton
 from fastvid.kernels.axial_attention import reference, triton_launch
 from fastvid.kernels.axial_attention import triton_configs as configs
-from fastvid.kernels.axial_attention.triton_configs import TUNED, Config, bucket
-from fastvid.kernels.axial_attention.triton_launch import BLOCK_D
+from fastvid.kernels.axial_attention.triton_configs import BLOCK_D, TUNED, Config, Cut, bucket
 from fastvid.kernels.axial_attention.triton_variants import variants
 from torch import Tensor
 
@@ -17,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROWS, MAX_E, MAX_D = 2**31 - 2**10, 128, 1024
 
 __all__ = [
-    "TUNED", "axial_attention", "axial_attention_backward", "bucket", "kinds", "tunable", "variants", "why_not",
+    "TUNED", "axial_attention", "axial_attention_backward", "bucket", "tunable", "variants", "why_not",
     "why_not_backward",
 ]  # fmt: skip
 
@@ -34,6 +33,8 @@ def why_not(
         return f"takes keys and values of q's dtype, got {mixed[0]} beside {q.dtype}"
     if bias is not None and bias.dtype not in DTYPES:
         return f"takes a bias in float32, bfloat16 or float16, got {bias.dtype}"
+    if bias is not None and _span(bias) >= 2**31:
+        return f"takes a bias that spans less than 2**31 elements, got {_span(bias)}"
     (E, D), A = (queries.shape[5], values.shape[5]), queries.shape[4]
     rows = max(t.shape[:4].numel() for t in (queries, keys)) * A * triton.cdiv(max(D, 1), BLOCK_D)
     if not 1 <= E <= MAX_E or not 1 <= D <= MAX_D or rows > MAX_ROWS:
@@ -41,7 +42,19 @@ def why_not(
                 f"got {E}, {D} and {rows}")  # fmt: skip
     if not (q.is_cuda or INTERPRETED):
         return f"needs a CUDA tensor, got {q.device.type}"
-    return None
+    cut = triton_launch.cut_of(queries, keys, box)
+    return _untiled(queries, values, bias, cut, triton_launch.kinds(queries, values, bias, cut, False))
+
+
+def _span(x: Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _untiled(q: Tensor, v: Tensor, bias: Tensor | None, cut: Cut, kinds: tuple[str, ...]) -> str | None:
+    if all(triton_launch.choose(q, v, bias, cut, kind) for kind in kinds):
+        return None
+    return "takes lines without a bias alone on this chip"
 
 
 def why_not_backward(
@@ -57,30 +70,27 @@ def why_not_backward(
         return f"takes a gradient in float32, bfloat16 or float16, got {grad_out.dtype}"
     queries, keys, values = reference.unpacked(q, k, v)
     cut = triton_launch.cut_of(queries, keys, box)
-    if values.shape[5] > BLOCK_D and not triton_launch.choose(queries, values, cut, "box"):
-        return (f"takes boxes of up to {max(fit.config.keys for fit in configs.FITS['box', configs.bits(q.dtype)])} "
-                f"positions with values wider than {BLOCK_D}, got {cut.n} queries and {cut.m} keys")  # fmt: skip
-    return None
+    found = triton_launch.kinds(queries, values, bias, cut, True)
+    if values.shape[5] > BLOCK_D and "box" not in found:
+        told = f"{cut.n} queries, {cut.m} keys, heads of {queries.shape[5]} and values of {values.shape[5]}"
+        return f"takes values wider than {BLOCK_D} in small boxes of narrow heads alone, got {told}"
+    return _untiled(queries, values, bias, cut, (*found, "bias") if wanted[3] else found)
 
 
-def kinds(
-    q: Tensor, k: Tensor | None, v: Tensor | None, box: list[int], gradient: bool, bias: bool = False
-) -> list[str]:
-    """The kinds of kernel, as of `bucket`, that such a call or its gradient takes."""
-    queries, keys, values = reference.unpacked(q, k, v)
-    cut = triton_launch.cut_of(queries, keys, box)
-    if not gradient:
-        return [configs.forward_kind(triton_launch.index_of(q), q.dtype, triton_launch.width_of(queries, values), cut.n, cut.m)]
-    whole = triton_launch.choose(queries, values, cut, "box") is not None
-    return (["box"] if whole else ["queries", "keys"]) + ["bias"] * bias
-
-
-def tunable(kind: str, q: Tensor, k: Tensor | None, v: Tensor | None, box: list[int]) -> list[dict[str, int]]:
-    """The configs worth timing as dicts, the default first. kind: as of `bucket`."""
-    queries, keys, values = reference.unpacked(q, k, v)
-    cut, shared = triton_launch.cut_of(queries, keys, box), configs.device(triton_launch.index_of(q))[1]
-    found = configs.fitting(kind, q.dtype, triton_launch.width_of(queries, values), cut.n, cut.m, shared)
-    return [config._asdict() for config in found]
+def tunable(
+    q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, box: list[int], gradient: bool
+) -> list[tuple[str, str, list[dict[str, int]]]]:
+    """The kinds of kernel that such a call takes, or its gradient with all of them wanted, each with its key in
+    tuned.json and the configs worth timing as dicts, the default first."""
+    q, k, v = reference.unpacked(q, k, v)
+    cut, shared = triton_launch.cut_of(q, k, box), configs.device(triton_launch.index_of(q))[1]
+    kinds, plain = triton_launch.kinds(q, v, bias, cut, gradient), cut.line and bias is None
+    found = []
+    for kind in (*kinds, "bias") if gradient and bias is not None else kinds:
+        size = q.dtype, configs.width_of(kind, q.shape[5], v.shape[5])
+        fits = configs.fitting(kind, *size, cut.n, cut.m, plain, shared)
+        found.append((kind, bucket(kind, *size, cut.m, plain), [one._asdict() for one in fits]))
+    return found
 
 
 def axial_attention(
@@ -123,7 +133,7 @@ def axial_attention_backward(
         parts = found[0].unbind(-3) if k is None and wanted[0] else found
         q, k, v = reference.unpacked(q, k, v)
         cut = triton_launch.cut_of(q, k, box)
-        whole = triton_launch.choose(q, v, cut, "box") is not None
+        whole = "box" in triton_launch.kinds(q, v, bias, cut, True)
         delta = q.new_empty(q.shape[:5] if wanted[3] or not whole else 0, dtype=torch.float32)
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
         tiles = {kind: Config(**one) for kind, one in (config or {}).items()}

@@ -10,10 +10,9 @@ from fastvid.kernels.axial_attention import triton_backward as backward
 from fastvid.kernels.axial_attention import triton_bias as bias_kernels
 from fastvid.kernels.axial_attention import triton_configs as configs
 from fastvid.kernels.axial_attention import triton_forward as forward
-from fastvid.kernels.axial_attention.triton_configs import Config, Cut
+from fastvid.kernels.axial_attention.triton_configs import BLOCK_D, Config, Cut
 from torch import Tensor
 
-BLOCK_D = 128  # columns of values at once
 MERGE_ROWS, SUM_PARTS, SUM_BLOCK = 16, 16, 128
 
 
@@ -30,13 +29,15 @@ def cut_of(q: Tensor, k: Tensor, box: list[int]) -> Cut:
     return configs.cut(tuple(q.shape[1:4]), tuple(k.shape[1:4]), tuple(box))
 
 
-def width_of(q: Tensor, v: Tensor) -> int:
-    """What decides how much room a tile needs."""
-    return max(q.shape[5], min(v.shape[5], BLOCK_D))
+def choose(q: Tensor, v: Tensor, bias: Tensor | None, cut: Cut, kind: str) -> Config | None:
+    return configs.choose(
+        index_of(q), kind, q.dtype, q.shape[5], v.shape[5], cut.n, cut.m, cut.line and bias is None
+    )
 
 
-def choose(q: Tensor, v: Tensor, cut: Cut, kind: str) -> Config | None:
-    return configs.choose(index_of(q), kind, q.dtype, width_of(q, v), cut.n, cut.m)
+def kinds(q: Tensor, v: Tensor, bias: Tensor | None, cut: Cut, gradient: bool) -> tuple[str, ...]:
+    plain = cut.line and bias is None
+    return configs.kinds(index_of(q), q.dtype, q.shape[5], v.shape[5], cut.n, cut.m, plain, gradient)
 
 
 def constants_of(kind: str, E: int, D: int, line: bool, mask: str, tile: Config) -> dict[str, Any]:
@@ -62,14 +63,21 @@ def _sizes(cut: Cut) -> tuple[int, ...]:
     return *cut.cells, *cut.box, *cut.key_box
 
 
-def _strides(cut: Cut, *tensors: Tensor | None) -> tuple[int, ...]:
-    """Of tensors [B, T, H, W, A, E], with the axes turned; zeros for None."""
-    given = (((0,) * 6) if x is None else configs.strides(x.stride(), cut.order) for x in tensors)
-    return tuple(stride for strides in given for stride in strides)
+def _laid(cut: Cut, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None) -> tuple[Cut, tuple[int, ...], Any, Any]:
+    """The cut as kernels see it, the strides of the four tensors, and those of the queries' and the keys' positions."""
+    tables = [(0,) * 6 if x is None else configs.strides(x.stride(), cut.order) for x in (q, k, v, grad)]
+    tables += [configs.position_strides(x.shape[1:4], cut.order) for x in (q, k)]
+    cut, tables = configs.folded(cut, q.shape[0], tables)
+    return cut, tuple(stride for table in tables[: 3 if grad is None else 4] for stride in table), *tables[4:]
 
 
 def _strides_of(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if bias is None else bias.stride()
+
+
+def _across(kind: str, tile: Config, cut: Cut) -> int:
+    """Columns of a tile that a box's keys get."""
+    return configs.slots(tile, cut.n, cut.m)["SLOT_M"] if kind in ("tile", "box", "bias") else tile.keys
 
 
 def attend(
@@ -77,13 +85,14 @@ def attend(
     scale: float, config: Config | None,
 ) -> None:  # fmt: skip
     """Fills out and lse, which are contiguous and not empty. config: in place of the one that would be chosen."""
-    kind = configs.forward_kind(index_of(q), q.dtype, width_of(q, v), cut.n, cut.m)
-    tile = config or choose(q, v, cut, kind)
+    (kind,) = kinds(q, v, bias, cut, False)
+    tile = config or choose(q, v, bias, cut, kind)
     units, D = out.shape[:5].numel() // cut.n, v.shape[5]
+    cut, strides, positions, _ = _laid(cut, q, k, v, None)
     constants = constants_of(kind, q.shape[5], D, cut.line, mask, tile)
+    constants["WHOLE"] = bias is not None and cut.m % _across(kind, tile, cut) == 0
     columns = triton.cdiv(D, constants["BLOCK_D"])
-    after = (*_sizes(cut), q.shape[4], scale, *_strides(cut, q, k, v), *_strides_of(bias),
-             *configs.position_strides(q.shape[1:4], cut.order))  # fmt: skip
+    after = *_sizes(cut), q.shape[4], scale, *strides, *_strides_of(bias), *positions
     if kind == "tile":
         slots = configs.slots(tile, cut.n, cut.m)
         groups = triton.cdiv(units, slots["PACK"]) * triton.cdiv(cut.n, slots["SLOT_N"])
@@ -101,9 +110,8 @@ def attend(
     )  # fmt: skip
     if split:
         forward._merge_kernel[triton.cdiv(rows, MERGE_ROWS) * columns,](
-            part, out, lse, rows, chunks, *cut.cells, *cut.box, q.shape[4],
-            *configs.position_strides(q.shape[1:4], cut.order), D=D, LINE=cut.line, BLOCK=MERGE_ROWS,
-            BLOCK_D=constants["BLOCK_D"], num_warps=4, num_stages=1,
+            part, out, lse, rows, chunks, *cut.cells, *cut.box, q.shape[4], *positions, D=D,
+            LINE=cut.line, BLOCK=MERGE_ROWS, BLOCK_D=constants["BLOCK_D"], num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
@@ -111,7 +119,7 @@ class Gradient(NamedTuple):
     """A call of the gradient: its arguments, which its kernels share; out, lse, grad_lse and delta are contiguous.
 
     delta: [B, T, H, W, A] float32, what `box` and `queries` work out for the kernels behind them; [0] if there are
-    none. configs: by kind, in place of what would be chosen.
+    none. tiles: by kind, in place of what would be chosen.
     """
 
     q: Tensor
@@ -126,7 +134,7 @@ class Gradient(NamedTuple):
     cut: Cut
     mask: str
     scale: float
-    configs: dict[str, Config]
+    tiles: dict[str, Config]
 
     def box(self, grad_q: Tensor | None, grad_k: Tensor | None, grad_v: Tensor | None) -> None:
         """Whole boxes: all gradients that are wanted, and delta."""
@@ -134,9 +142,9 @@ class Gradient(NamedTuple):
         slots = configs.slots(tile, self.cut.n, self.cut.m)
         rows, wanted = (_row(grad_q), _row(grad_k), _row(grad_v)), self.delta.numel() > 0
         backward._box_kernel[triton.cdiv(units, slots["PACK"]),](
-            *self._given(), self.out if wanted else None, self.grad_out, self.lse, self.grad_lse, grad_q, grad_k,
-            grad_v, self.delta if wanted else None, units, *self._sizes(), *rows, *self._strides(),
-            *self._key_positions(), **self._constants("box"), **slots,
+            *self._given(), None if self.bias is None else self.out, self.grad_out, self.lse, self.grad_lse, grad_q,
+            grad_k, grad_v, self.delta if wanted else None, units, *self._sizes(), *rows, *self._strides(True),
+            **self._constants("box"), **slots,
         )  # fmt: skip
 
     def queries(self, grad_q: Tensor | None) -> None:
@@ -154,7 +162,7 @@ class Gradient(NamedTuple):
         blocks = {"BLOCK_N": tile.rows, "BLOCK_M": tile.keys}
         backward._keys_kernel[units * triton.cdiv(self.cut.m, tile.keys),](
             *self._given(), self.grad_out, self.lse, self.delta, grad_k, grad_v, *self._sizes(), _row(grad_k),
-            _row(grad_v), *self._strides(), *self._key_positions(), **self._constants("keys"), **blocks,
+            _row(grad_v), *self._strides(True), **self._constants("keys"), **blocks,
         )  # fmt: skip
 
     def bias_sum(self, grad_bias: Tensor) -> None:
@@ -176,25 +184,26 @@ class Gradient(NamedTuple):
         )  # fmt: skip
 
     def _config(self, kind: str) -> Config:
-        return self.configs.get(kind) or choose(self.q, self.v, self.cut, kind)
+        return self.tiles.get(kind) or choose(self.q, self.v, self.bias, self.cut, kind)
 
     def _given(self) -> tuple[Tensor | None, ...]:
         return self.q, self.k, self.v, self.bias
 
     def _sizes(self) -> tuple[int | float, ...]:
-        return *_sizes(self.cut), self.q.shape[4], self.scale
+        return *_sizes(self._laid()[0]), self.q.shape[4], self.scale
 
-    def _strides(self) -> tuple[int, ...]:
-        positions = configs.position_strides(self.q.shape[1:4], self.cut.order)
-        given = _strides(self.cut, self.q, self.k, self.v, self.grad_out)
-        return *given, *_strides_of(self.bias), *positions
+    def _laid(self) -> tuple[Cut, tuple[int, ...], Any, Any]:
+        # without a gradient the strides of q, which nothing is read by
+        return _laid(self.cut, self.q, self.k, self.v, self.q if self.grad_out is None else self.grad_out)
 
-    def _key_positions(self) -> tuple[int, ...]:
-        return configs.position_strides(self.k.shape[1:4], self.cut.order)
+    def _strides(self, with_keys: bool = False) -> tuple[int, ...]:
+        _, strides, positions, key_positions = self._laid()
+        return *strides, *_strides_of(self.bias), *positions, *(key_positions if with_keys else ())
 
     def _constants(self, kind: str) -> dict[str, Any]:
         tile = self._config(kind)
-        found = constants_of(kind, self.q.shape[5], self.v.shape[5], self.cut.line, self.mask, tile)
+        found = constants_of(kind, self.q.shape[5], self.v.shape[5], self._laid()[0].line, self.mask, tile)
+        found["WHOLE"] = self.bias is not None and self.cut.m % _across(kind, tile, self.cut) == 0
         return found | _run(tile)
 
 
