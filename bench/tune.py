@@ -100,15 +100,59 @@ class ConvJob:
         return kernels.gated_causal_conv(*args, config)
 
     def judge(self, default: tuple[Tensor, ...], result: tuple[Tensor, ...], args: tuple) -> None:
-        """Two sums of the same products in different orders, each rounded to its dtype."""
+        """Two sums of the same products in different orders."""
         grid, inputs = self.case.outputs, self.case.channels[self.kind == "grad_x"]
-        terms = math.prod(grid) if self.kind == "weight" else len(self.case.taps) * inputs
-        for one, other in zip(default, result, strict=True):
-            if one.numel():
-                roundings = torch.finfo(one.dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
-                far = ((other - one).abs().max() / one.abs().max()).item() / roundings
-                if not far <= ROUNDINGS:  # written so that NaN fails
-                    raise GateError(f"{far:.3g} roundings from the default's result")
+        near_enough(default, result, math.prod(grid) if self.kind == "weight" else len(self.case.taps) * inputs)
+
+
+@dataclass(frozen=True)
+class AttentionJob:
+    """One bucket of attention inside boxes: a kind of kernel, forward or of the gradients; see Job."""
+
+    key: str
+    case: Any
+    kind: str
+    dtype: torch.dtype
+
+    @property
+    def work(self) -> int:
+        return self.case.work
+
+    @property
+    def gradient(self) -> bool:
+        return self.kind in ("box", "queries", "keys", "bias")
+
+    def make(self, device: str) -> tuple:
+        """Positional arguments of the room's launcher."""
+        if self.gradient:
+            return self.case.make_backward(device, self.dtype)
+        q, k, v, _, box, mask, bias, _, _ = self.case.make(device, self.dtype)
+        return q, k, v, bias, [*box], mask, q.shape[-1] ** -0.5, False
+
+    def configs(self, kernels: ModuleType, args: tuple) -> list[dict[str, int]]:
+        box = args[8 if self.gradient else 4]
+        return next((fits for kind, _, fits in kernels.tunable(*args[:4], box, self.gradient) if kind == self.kind), [])
+
+    def run(self, kernels: ModuleType, args: tuple, config: dict[str, int]) -> tuple[Tensor, ...]:
+        if self.gradient:
+            return kernels.axial_attention_backward(*args, {self.kind: config})
+        return kernels.axial_attention(*args, config)
+
+    def judge(self, default: tuple[Tensor, ...], result: tuple[Tensor, ...], args: tuple) -> None:
+        """Sums of the same products in different orders; those of a box's keys, of a bias those of all its boxes."""
+        n, m = self.case.scores
+        boxes = math.prod(self.case.grid) // n
+        near_enough(default, result, max(n, m) * (boxes if self.kind == "bias" else 1))
+
+
+def near_enough(default: tuple[Tensor, ...], result: tuple[Tensor, ...], terms: int) -> None:
+    """Raise GateError unless both are sums of the same `terms` products, each rounded to its dtype."""
+    for one, other in zip(default, result, strict=True):
+        if one.numel():
+            roundings = torch.finfo(one.dtype).eps + torch.finfo(torch.float32).eps * terms**0.5
+            far = ((other - one).abs().max() / one.abs().max()).item() / roundings
+            if not far <= ROUNDINGS:  # written so that NaN fails
+                raise GateError(f"{far:.3g} roundings from the default's result")
 
 
 def cannot_tune() -> str | None:
@@ -153,7 +197,19 @@ def conv_jobs(cases: ModuleType, kernels: ModuleType) -> list[ConvJob]:
     return largest(jobs)
 
 
-ROOMS = {"nearest_codebook": jobs_of, "gated_causal_conv": conv_jobs}
+def attention_jobs(cases: ModuleType, kernels: ModuleType) -> list[AttentionJob]:
+    """What to tune for attention inside boxes, most work first: each kernel that some size takes."""
+    jobs = []
+    for case in [*cases.ALL, *cases.LARGE]:
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v, _, box, _, bias, _, _ = case.make("meta", dtype)
+            for gradient in (False, True):
+                for kind, key, _ in kernels.tunable(q, k, v, bias, [*box], gradient):
+                    jobs.append(AttentionJob(key, case, kind, dtype))
+    return largest(jobs)
+
+
+ROOMS = {"nearest_codebook": jobs_of, "gated_causal_conv": conv_jobs, "axial_attention": attention_jobs}
 
 
 def largest(jobs: list[Any]) -> list[Any]:
