@@ -177,7 +177,8 @@ inline void differentiate_tile(const Task& task, const Place& place, const Scrat
     multiply_scores({queries, E, scratch.turned_keys, row, scratch.weights, row, 1.0f, false}, sight, call.E, ahead);
     if (task.wants_slopes()) {
         if (task.grad_out.present())
-            multiply_scores({given, D, scratch.turned_values, row, scratch.slopes, row, 1.0f, false}, sight, call.D, ahead);
+            multiply_scores({given, D, scratch.turned_values, row, scratch.slopes, row, 1.0f, false}, sight, call.D,
+                            ahead);
         else
             __builtin_memset(scratch.slopes, 0, (size_t)(sight.queries * row) * sizeof(float));
     }
@@ -185,7 +186,8 @@ inline void differentiate_tile(const Task& task, const Place& place, const Scrat
     if (task.grad_v.present() && task.grad_out.present())
         multiply_queries({scratch.weights, row, given, D, of_values.to, of_values.step, 1.0f, !first}, sight, D, ahead);
     if (task.grad_k.present())
-        multiply_queries({scratch.slopes, row, queries, E, of_keys.to, of_keys.step, call.scale, !first}, sight, E, ahead);
+        multiply_queries({scratch.slopes, row, queries, E, of_keys.to, of_keys.step, call.scale, !first}, sight, E,
+                         ahead);
     if (!task.grad_q.present()) return;
     const bool direct = task.direct_q();
     const int64_t step = direct ? task.grad_q.step : E;
