@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tune
+from fastvid.kernels.axial_attention import cases as attention_cases
+from fastvid.kernels.axial_attention import reference as attention_reference
 from fastvid.kernels.gated_causal_conv import cases as conv_cases
 from fastvid.kernels.gated_causal_conv import reference as conv_reference
 from fastvid.kernels.nearest_codebook import cases, reference
@@ -148,6 +150,46 @@ def test_buckets_of_the_convolution(tmp_path):
     assert all(job.work >= tune.LEAST_WORK for job in jobs)
 
 
+# ---- attention inside boxes
+
+
+def attention_room(tmp_path, spoil) -> SimpleNamespace:
+    """The same for attention; what it was asked for is in `asked`: whether with gradients, and the box."""
+    calls, asked = [], []
+
+    def launch(*args):
+        calls.append(args[-1]["rows"])
+        return spoil(args[-1], attention_reference.axial_attention(*args[:-1]))
+
+    def launch_backward(*args):
+        (config,) = args[-1].values()
+        calls.append(config["rows"])
+        return spoil(config, attention_reference.axial_attention_backward(*args[:-1]))
+
+    def tunable(q, k, v, bias, box, gradient):
+        asked.append((gradient, box))
+        return [(kind, kind, CONFIGS) for kind in (("box", "bias") if gradient else ("forward",))]
+
+    return SimpleNamespace(
+        TUNED=tmp_path / "tuned.json", calls=calls, asked=asked, tunable=tunable, axial_attention=launch,
+        axial_attention_backward=launch_backward,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["forward", "box", "bias"])
+def test_every_kind_of_attention_is_tuned(tmp_path, kind, dtype):
+    def spoil(config, results):
+        return [result * 1.1 if config["rows"] == 64 else result for result in results]
+
+    kernels, told = attention_room(tmp_path, spoil), []
+    case = attention_cases.Case("small", (1, 2, 4, 6), 2, 8, (2, 2, 3), "causal", bias=True)
+    timer, job = clock(kernels, {32: 3e-3, 64: 1e-9, 128: 2e-3}), tune.AttentionJob("a", case, kind, dtype)
+    assert tune.tune_room(kernels, [job], "GPU", "cpu", timer, told.append) == 1
+    assert json.loads(kernels.TUNED.read_text()) == {"GPU": {"a": {"rows": 128}}}
+    assert "refused" in told[0] and "roundings" in told[0] and kernels.asked == [(kind != "forward", [2, 2, 3])]
+
+
 # ---- on this machine
 
 
@@ -168,6 +210,20 @@ def test_the_room_of_the_convolution_has_what_tuning_needs():
     for job in tune.conv_jobs(conv_cases, triton_gpu):
         assert job.configs(triton_gpu, job.make("meta")), job
     assert triton_gpu.TUNED.name == "tuned.json"
+
+
+def test_the_room_of_attention_has_what_tuning_needs():
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    from fastvid.kernels.axial_attention import triton_gpu
+
+    jobs = tune.attention_jobs(attention_cases, triton_gpu)
+    assert len({job.key for job in jobs}) == len(jobs) and {job.gradient for job in jobs} == {False, True}
+    assert {"video-rows", "video-columns", "video-frames"} & {job.case.name for job in jobs}
+    assert all(job.work >= tune.LEAST_WORK for job in jobs)
+    for job in jobs:
+        q, k, v, _, box, _, bias, _, _ = job.case.make("meta", job.dtype)
+        found = {(kind, key): fits for kind, key, fits in triton_gpu.tunable(q, k, v, bias, [*box], job.gradient)}
+        assert found[job.kind, job.key], job
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
