@@ -61,7 +61,8 @@ FITS = {
         Fit(Config(32, 32, 128, 4, 1), plain=True, amd=True),
     ],
     ("long", "half"): [
-        Fit(Config(128, 64, 128, 8, 2), width=64, plain=True),
+        Fit(Config(128, 64, 128, 8, 3), width=64, plain=True),
+        Fit(Config(64, 64, 128, 4, 2), width=64, plain=True),
         Fit(Config(64, 64, 128, 8, 2)),
         Fit(Config(64, 32, 128, 4, 1), plain=True, amd=True),
     ],
@@ -105,12 +106,12 @@ FITS = {
         Fit(Config(32, 32, 32, 8, 1), plain=True, amd=True),
     ],
     ("queries", "full"): [
-        Fit(Config(32, 16, 16, 8, 1)),
+        Fit(Config(32, 16, 32, 8, 1)),
         Fit(Config(32, 32, 32, 8, 1), plain=True, amd=True),
     ],
     ("keys", "full"): [
         Fit(Config(16, 16, 16, 8, 1)),
-        Fit(Config(32, 32, 32, 8, 1), plain=True, amd=True),
+        Fit(Config(32, 16, 32, 4, 1), plain=True, amd=True),
     ],
     ("bias", "full"): [Fit(Config(32, 32, 32, 4, 1))],
 }
