@@ -39,7 +39,7 @@ def why_not(q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, 
 def why_not_backward(q: Tensor, k: Tensor | None, v: Tensor | None, bias: Tensor | None, out: Tensor, lse: Tensor,
                      grad_out: Tensor | None, *_) -> str | None:  # fmt: skip
     """Why the native axial_attention_backward cannot serve these arguments; None when it can."""
-    return _refusal(TYPES, q, k, v, bias, out, grad_out) or "is not written yet"
+    return _refusal(TYPES, q, k, v, bias, out, grad_out)
 
 
 def why_not_self(x: Tensor, weights: list[Tensor], *_) -> str | None:

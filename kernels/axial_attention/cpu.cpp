@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread
 constexpr int64_t PIECE_WORK = 1 << 20;
-constexpr int64_t MOST_PLACES = 16;  // units that are found at once
+constexpr int64_t MOST_PLACES = 48;  // units that are found at once
 
 // A unit is a head of a box; a piece is some units of neighbouring boxes, or some queries of one unit.
 struct Plan {
@@ -54,9 +54,8 @@ void make_plan(Plan& plan) {
     plan.pieces = (plan.units + plan.units_of_piece - 1) / plan.units_of_piece * plan.blocks;
 }
 
-Place place_of(const Plan& plan, int64_t unit) {
+Place place_of(const Plan& plan, int64_t box, int64_t a) {
     const AttentionCall& call = plan.call;
-    const int64_t box = unit / call.A, a = unit % call.A;
     const Corner corner = plan.boxes.corner(box);
     const int64_t bias_bytes = call.bias.type == FLOAT32 ? 4 : 2;
     return {plan.boxes.begin(call.q, corner, call.box, a), plan.boxes.begin(call.k, corner, call.key_box, a),
@@ -66,6 +65,23 @@ Place place_of(const Plan& plan, int64_t unit) {
             (float*)plan.boxes.begin(plan.boxes.lse, corner, call.box, a)};
 }
 
+// Heads [first, last) of all boxes, counted through.
+void find_places(const Plan& plan, int64_t first, int64_t last, Place* places) {
+    const AttentionCall& call = plan.call;
+    const auto next_head = [](const Heads& heads) { return heads.strides[4] * (heads.type == FLOAT32 ? 4 : 2); };
+    const int64_t q = next_head(call.q), k = next_head(call.k), v = next_head(call.v), out = next_head(call.out);
+    const int64_t bias = call.bias.strides[0] * (call.bias.type == FLOAT32 ? 4 : 2);
+    for (int64_t box = first / call.A, a = first % call.A; first < last; ++box, a = 0) {
+        Place place = place_of(plan, box, a);
+        for (; a < call.A && first < last; ++a, ++first) {
+            *places++ = place;
+            place = {(const char*)place.q + q, (const char*)place.k + k, (const char*)place.v + v,
+                     place.bias ? (const char*)place.bias + bias : nullptr, (char*)place.out + out,
+                     place.lse ? place.lse + 1 : nullptr};
+        }
+    }
+}
+
 void attend_piece(const Plan& plan, int64_t piece, const LineScratch& scratch) {
     const int64_t first = piece / plan.blocks * plan.units_of_piece;
     const int64_t last = at_most(first + plan.units_of_piece, plan.units);
@@ -73,7 +89,7 @@ void attend_piece(const Plan& plan, int64_t piece, const LineScratch& scratch) {
     Place places[MOST_PLACES];
     for (int64_t unit = first; unit < last; unit += MOST_PLACES) {
         const int64_t count = at_most(last - unit, MOST_PLACES);
-        for (int64_t i = 0; i < count; ++i) places[i] = place_of(plan, unit + i);
+        find_places(plan, unit, unit + count, places);
         if (plan.blocks == 1) {
             attend(plan.task, places, count, scratch);
             continue;

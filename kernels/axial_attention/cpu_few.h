@@ -17,16 +17,16 @@ inline void finish_row(const Task& task, const Place& place, int64_t i, const We
     if (place.lse) place.lse[task.lse_at[i]] = weights.log_of_sum(r);
 }
 
-// Asks for the rows of the next head, part `part` of `parts`.
-inline void fetch_ahead(const Task& task, const Place& next, int64_t part, int64_t parts) {
+// Asks for rows [first, last) of another head; as many of its keys.
+inline void fetch_ahead(const Task& task, const Place& next, int64_t first, int64_t last) {
     if (task.k.step != 1 || task.q.step != 1 || task.v.step != 1) return;
     const int64_t key_bytes = task.E * task.k.bytes(), value_bytes = task.D * task.v.bytes();
-    for (int64_t j = part * task.m / parts, end = (part + 1) * task.m / parts; j < end; ++j) {
+    for (int64_t j = first, end = last < task.m ? last : task.m; j < end; ++j) {
         const char *key = (const char*)task.k.row(next.k, j), *value = (const char*)task.v.row(next.v, j);
         for (int64_t at = 0; at < key_bytes; at += 64) __builtin_prefetch(key + at, 0, 2);
         for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at, 0, 2);
     }
-    for (int64_t i = part * task.n / parts, end = (part + 1) * task.n / parts; i < end; ++i) {
+    for (int64_t i = first; i < last; ++i) {
         const char* query = (const char*)task.q.row(next.q, i);
         for (int64_t at = 0; at < task.E * task.q.bytes(); at += 64) __builtin_prefetch(query + at, 0, 2);
     }
@@ -134,19 +134,17 @@ inline void score_few(int64_t rows, const Task& task, const void* k, const float
 }
 
 // `rows` queries, FEW at most, from `first` on.
-inline void attend_few(const Task& task, const Place& place, int64_t first, int64_t rows, const LineScratch& scratch,
-                       const Place*) {
-    const int64_t seen = task.seen(first + rows - 1), stride = rounded_up(task.m < MOST_KEYS ? task.m : MOST_KEYS, PANEL);
+inline void attend_few(const Task& task, const Place& place, int64_t first, int64_t rows, const LineScratch& scratch) {
+    const int64_t seen = task.seen(first + rows - 1), stride = scratch.stride;
     const bool direct = task.v.step == 1 && task.D % LANES == 0;  // values are read where they lie
+    const Weights& weights = scratch.weights;
     const float* queries[FEW];
     float* to[FEW];
-    Weights weights;
-    float by[ROOM], before[ROOM], one[ROOM];
-    weights.begin();
+    weights.begin(rows);
     for (int64_t r = 0; r < rows; ++r) {
         queries[r] = query_row(task, place.q, first + r, scratch.queries + r * task.E);
         to[r] = scratch.sums + r * scratch.width;
-        one[r] = 1;
+        weights.by[r] = 1;
     }
     __builtin_memset(scratch.sums, 0, (size_t)(rows * scratch.width) * sizeof(float));
     for (int64_t key = 0; key < seen; key += MOST_KEYS) {
@@ -156,25 +154,29 @@ inline void attend_few(const Task& task, const Place& place, int64_t first, int6
         for (int64_t r = 0; r < rows; ++r) {
             add_bias(task, place.bias, first + r, key, keys, scratch.scores + r * stride);
             const int64_t sees = task.seen(first + r) - key;
-            spans[r] = {0, sees < 0 ? 0 : sees < keys ? sees : keys};
+            spans[r] = {0, sees < 0 ? 0 : sees < keys ? sees : keys, keys};
         }
-        weigh(scratch.scores, stride, rows, spans, keys, weights, before);
+        weigh(scratch.scores, stride, rows, spans, weights, scratch.parts);
         if (!direct) {
             gather_values(task, place.v, key, keys, scratch.values);
-            mix_rows<FEW>(rows, scratch.scores, stride, scratch.values, keys * PANEL, keys, task.D, before, one, to);
+            mix_rows<FEW>(rows, scratch.scores, stride, scratch.values, keys * PANEL, keys, task.D, weights.before,
+                          weights.by, to);
             continue;
         }
         for (int64_t j = 0; j < keys; ++j) scratch.rows[j] = task.v.row(place.v, key + j);
         if (task.v.type == FLOAT32)
-            mix_few<float, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, before, one, to);
+            mix_few<float, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, weights.before, weights.by,
+                                to);
         else if (task.v.type == BFLOAT16)
-            mix_few<BFloat16, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, before, one, to);
+            mix_few<BFloat16, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, weights.before, weights.by,
+                                   to);
         else
-            mix_few<Float16, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, before, one, to);
+            mix_few<Float16, FEW>(rows, scratch.scores, stride, scratch.rows, keys, task.D, weights.before, weights.by,
+                                  to);
     }
-    weights.invert(by);
+    weights.invert(rows);
     for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t d = 0; d < task.D; ++d) to[r][d] *= by[r];
+        for (int64_t d = 0; d < task.D; ++d) to[r][d] *= weights.by[r];
         finish_row(task, place, first + r, weights, r, to[r]);
     }
 }
@@ -186,71 +188,102 @@ inline int64_t slot_of(int64_t m) {
     return slot;
 }
 
-// Boxes whose keys share a vector, box u from lane u * slot on.
+// Boxes of few keys: those of some share a vector, each from a lane of its own on.
 struct Short {
     const Task& task;
     const Place* places;
     const LineScratch& scratch;
-    int64_t slot;
-    const void** values;  // [boxes][m]: float32 side by side
+    int64_t boxes, together, slot;  // all, those of one vector, the lanes of each
+    int64_t first, rows;            // queries of each
+    Span* spans;                    // [boxes][rows]
+    float** to;                     // [boxes][rows]
+    const void** values;            // [boxes][m]
 };
 
-// Rows [first, first + rows) of the boxes' queries, one after the other.
-inline void attend_short_tile(const Short& boxes, int64_t first, int64_t rows) {
-    const Task& task = boxes.task;
-    const LineScratch& scratch = boxes.scratch;
-    const bool direct = task.out.direct(task.D) && task.D % LANES == 0;
-    const float* queries[SHORT_ROWS];
-    Span spans[SHORT_ROWS];
-    float* to[SHORT_ROWS];
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t u = (first + r) / task.n, i = (first + r) % task.n;
-        queries[r] = query_row(task, boxes.places[u].q, i, scratch.queries + r * task.E);
-        spans[r] = {u * boxes.slot, task.seen(i)};
-        to[r] = direct ? (float*)task.out.row(boxes.places[u].out, i) : scratch.sums + r * scratch.width;
-    }
-    score_rows<SHORT_ROWS>(rows, queries, task.E, scratch.keys, LANES, task.scale, scratch.scores, LANES);
-    Weights weights;
-    float by[ROOM], before[ROOM];
-    for (int64_t r = 0; r < rows; ++r)
-        add_bias(task, boxes.places[(first + r) / task.n].bias, (first + r) % task.n, 0, task.m,
-                 scratch.scores + r * LANES + spans[r].start);
-    weights.begin();
-    weigh(scratch.scores, LANES, rows, spans, LANES, weights, before);
-    weights.invert(by);
-    for (int64_t r = 0, run; r < rows; r += run) {
-        const int64_t u = (first + r) / task.n, left = (u + 1) * task.n - first - r;
-        run = left < rows - r ? left : rows - r;
-        run = run < MOST_TOGETHER ? run : MOST_TOGETHER;
-        mix_few<float, MOST_TOGETHER>(run, scratch.scores + r * LANES + u * boxes.slot, LANES, boxes.values + u * task.m,
-                                      task.m, direct ? task.D : rounded_up(task.D, LANES), nullptr, by + r, to + r);
-    }
-    for (int64_t r = 0; r < rows; ++r)
-        finish_row(task, boxes.places[(first + r) / task.n], (first + r) % task.n, weights, r,
-                   direct ? nullptr : to[r]);
-}
-
-// `count` heads, of one box or of several, with room for all their keys in one vector.
-inline void attend_short(const Task& task, const Place* places, int64_t count, const LineScratch& scratch) {
-    const int64_t slot = slot_of(task.m);
-    const bool direct = task.v.direct(task.D) && task.D % LANES == 0;
+// Scores of the queries of boxes [box, box + count), which share a vector; the first is row r.
+inline void score_together(Short& all, int64_t box, int64_t count, int64_t r) {
+    const Task& task = all.task;
+    const LineScratch& scratch = all.scratch;
     const void* keys[LANES];
-    const void* values[LANES];
-    for (int64_t lane = 0; lane < LANES; ++lane) {
-        const int64_t u = lane / slot, j = lane % slot;
-        keys[lane] = task.k.row(places[u < count ? u : count - 1].k, j < task.m ? j : task.m - 1);
+    for (int64_t lane = 0, u = 0, j = 0; lane < LANES; ++lane) {
+        keys[lane] = task.k.row(all.places[box + (u < count ? u : 0)].k, j < task.m ? j : 0);
+        if (++j == all.slot) ++u, j = 0;
     }
     turn_keys(keys, task.k, task.E, scratch.keys);
-    for (int64_t u = 0, i = 0; u < count; ++u)
-        for (int64_t j = 0; j < task.m; ++j, ++i) {
-            const void* row = task.v.row(places[u].v, j);
-            values[i] = direct ? row : scratch.values + i * scratch.width;
-            if (!direct) copy_row(row, task.v.step, task.v.type, task.D, scratch.values + i * scratch.width);
+    const float* queries[SHORT_ROWS];
+    int64_t waiting = 0;
+    for (int64_t u = 0; u < count; ++u)
+        for (int64_t i = all.first; i < all.first + all.rows; ++i, ++r) {
+            queries[waiting] = query_row(task, all.places[box + u].q, i, scratch.queries + waiting * task.E);
+            all.spans[r] = {u * all.slot, task.seen(i), LANES};
+            ++waiting;
+            if (waiting < SHORT_ROWS && (u + 1 < count || i + 1 < all.first + all.rows)) continue;
+            score_rows<SHORT_ROWS>(waiting, queries, task.E, scratch.keys, LANES, task.scale,
+                                   scratch.scores + (r + 1 - waiting) * LANES, LANES);
+            waiting = 0;
         }
-    const Short boxes{task, places, scratch, slot, values};
-    const int64_t rows = count * task.n, tiles = (rows + SHORT_ROWS - 1) / SHORT_ROWS;
-    for (int64_t t = 0; t < tiles; ++t)
-        attend_short_tile(boxes, t * rows / tiles, (t + 1) * rows / tiles - t * rows / tiles);
+}
+
+// Where values are, as float32 side by side, and where the outputs go.
+inline void find_ends(Short& all, bool direct) {
+    const Task& task = all.task;
+    const LineScratch& scratch = all.scratch;
+    const bool copied = !task.v.direct(task.D) || task.D % LANES != 0;
+    for (int64_t u = 0, i = 0, r = 0; u < all.boxes; ++u) {
+        for (int64_t j = 0; j < task.m; ++j, ++i) {
+            const void* row = task.v.row(all.places[u].v, j);
+            all.values[i] = copied ? scratch.values + i * scratch.width : row;
+            if (copied) copy_row(row, task.v.step, task.v.type, task.D, scratch.values + i * scratch.width);
+        }
+        for (int64_t k = 0; k < all.rows; ++k, ++r)
+            all.to[r] = direct ? (float*)task.out.row(all.places[u].out, all.first + k)
+                               : scratch.sums + r * scratch.width;
+    }
+}
+
+inline void attend_together(Short& all) {
+    const Task& task = all.task;
+    const LineScratch& scratch = all.scratch;
+    const Weights& weights = scratch.weights;
+    const bool direct = task.out.direct(task.D) && task.D % LANES == 0;
+    const int64_t rows = all.boxes * all.rows;
+    for (int64_t u = 0; u < all.boxes; u += all.together)
+        score_together(all, u, all.boxes - u < all.together ? all.boxes - u : all.together, u * all.rows);
+    for (int64_t u = 0, r = 0; u < all.boxes && all.places[0].bias; ++u)
+        for (int64_t k = 0; k < all.rows; ++k, ++r)
+            add_bias(task, all.places[u].bias, all.first + k, 0, task.m, scratch.scores + r * LANES + all.spans[r].start);
+    weights.begin(rows);
+    weigh(scratch.scores, LANES, rows, all.spans, weights, scratch.parts);
+    weights.invert(rows);
+    find_ends(all, direct);
+    for (int64_t u = 0, r = 0; u < all.boxes; ++u)
+        for (int64_t k = 0, run; k < all.rows; k += run, r += run) {
+            run = all.rows - k < MOST_TOGETHER ? all.rows - k : MOST_TOGETHER;
+            mix_few<float, MOST_TOGETHER>(run, scratch.scores + r * LANES + all.spans[r].start, LANES,
+                                          all.values + u * task.m, task.m,
+                                          direct ? task.D : rounded_up(task.D, LANES), nullptr, weights.by + r,
+                                          all.to + r);
+        }
+    if (direct && !all.places[0].lse) return;
+    for (int64_t u = 0, r = 0; u < all.boxes; ++u)
+        for (int64_t k = 0; k < all.rows; ++k, ++r)
+            finish_row(task, all.places[u], all.first + k, weights, r, direct ? nullptr : all.to[r]);
+}
+
+// `count` heads, of one box or of several, with so few keys that a vector has room for those of two.
+inline void attend_short(const Task& task, const Place* places, int64_t count, const LineScratch& scratch) {
+    const int64_t slot = slot_of(task.m), together = LANES / slot;
+    const int64_t rows = task.n < MOST_BAND / together ? task.n : MOST_BAND / together;
+    const int64_t boxes = rows > 0 ? MOST_BAND / rows / together * together : 1;
+    Span spans[MOST_BAND];
+    float* to[MOST_BAND];
+    const void* values[MOST_BAND * LANES / 2];
+    for (int64_t box = 0; box < count; box += boxes)
+        for (int64_t first = 0; first < task.n; first += rows) {
+            Short all{task, places + box, scratch, count - box < boxes ? count - box : boxes, together, slot, first,
+                      task.n - first < rows ? task.n - first : rows, spans, to, values};
+            attend_together(all);
+        }
 }
 
 }  // namespace

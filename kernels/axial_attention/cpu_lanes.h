@@ -58,7 +58,7 @@ inline float largest_lane(Floats v) {
 #endif
 }
 
-// The same of each of several rows.
+// The same of each of LANES rows.
 #if defined(FASTVID_X86) && defined(__AVX2__) && !defined(__AVX512BW__)
 template <class Fold>
 inline Floats fold_rows(const Floats* rows, Fold fold) {
@@ -72,26 +72,24 @@ inline Floats fold_rows(const Floats* rows, Fold fold) {
     return fold(_mm256_shuffle_ps(even, odd, 0x88), _mm256_shuffle_ps(even, odd, 0xdd));
 }
 
-template <int ROWS>
-inline void sum_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
-    static_assert(ROWS == LANES);
-    store(to, fold_rows(rows, [](Floats a, Floats b) { return a + b; }));
+inline Floats sums_of_rows(const Floats* rows) {
+    return fold_rows(rows, [](Floats a, Floats b) { return a + b; });
 }
 
-template <int ROWS>
-inline void largest_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
-    static_assert(ROWS == LANES);
-    store(to, fold_rows(rows, [](Floats a, Floats b) { return larger(a, b); }));
+inline Floats largest_of_rows(const Floats* rows) {
+    return fold_rows(rows, [](Floats a, Floats b) { return larger(a, b); });
 }
 #else
-template <int ROWS>
-inline void sum_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
-    for (int r = 0; r < ROWS; ++r) to[r] = sum_of_lanes(rows[r]);
+inline Floats sums_of_rows(const Floats* rows) {
+    Floats to;
+    for (int r = 0; r < LANES; ++r) to[r] = sum_of_lanes(rows[r]);
+    return to;
 }
 
-template <int ROWS>
-inline void largest_of_rows(const Floats (&rows)[ROWS], float (&to)[ROWS]) {
-    for (int r = 0; r < ROWS; ++r) to[r] = largest_lane(rows[r]);
+inline Floats largest_of_rows(const Floats* rows) {
+    Floats to;
+    for (int r = 0; r < LANES; ++r) to[r] = largest_lane(rows[r]);
+    return to;
 }
 #endif
 

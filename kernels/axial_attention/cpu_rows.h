@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t MOST_KEYS = 256;     // keys that are turned and weighed before the next ones
 constexpr int64_t MOST_QUERIES = 192;  // queries that share turned keys
-static_assert(MOST_KEYS % PANEL == 0);
+constexpr int64_t MOST_SCORES = 3072;  // of a band: three eighths of the nearest cache
+static_assert(MOST_KEYS % PANEL == 0 && MOST_BAND % LANES == 0);
 
 // Rows of a head in a box: row i begins at[i] elements after the head's place, its elements are `step` apart.
 struct Rows {
@@ -52,26 +53,32 @@ inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 
 
 // What one thread needs for any boxes and heads of a task.
 struct LineScratch {
-    float* keys;         // [panels of keys][E][PANEL]
-    float* values;       // [panels of D][keys][PANEL]
-    float* queries;      // [SHORT_ROWS][E]
-    float* scores;       // [SHORT_ROWS][keys]
-    float* sums;         // [queries][width]
-    Weights* weights;    // [tiles of queries]
-    const void** rows;   // [keys]
-    int64_t width;       // of a row of sums: whole panels of D
+    float* keys;        // [panels of keys][E][PANEL]
+    float* values;      // [panels of D][keys][PANEL]
+    float* queries;     // [SHORT_ROWS][E]
+    float* scores;      // [rows of a band][keys]
+    float* sums;        // [queries][width]
+    Weights weights;    // [queries]
+    Floats* parts;      // [rows of a band]
+    const void** rows;  // [keys]
+    int64_t width;      // of a row of sums: whole panels of D
+    int64_t stride;     // of a row of scores: whole panels of keys
+    int64_t band;       // rows of a band, at most: whole vectors
 
     void cut(Cutter& cutter, const Task& task) {
-        const int64_t keys_here = rounded_up(task.m < MOST_KEYS ? task.m : MOST_KEYS, PANEL);
-        const int64_t queries_here = task.n < MOST_QUERIES ? task.n : MOST_QUERIES;
+        stride = rounded_up(task.m < MOST_KEYS ? task.m : MOST_KEYS, PANEL);
         width = rounded_up(task.D, PANEL);
-        keys = cutter.cut<float>(keys_here * task.E);
-        values = cutter.cut<float>(keys_here * width);
+        band = stride * MOST_BAND <= MOST_SCORES ? MOST_BAND : rounded_up(MOST_SCORES / stride, LANES);
+        const int64_t block = rounded_up(task.n < MOST_QUERIES ? task.n : MOST_QUERIES, MOST_BAND) + LANES;
+        keys = cutter.cut<float>(stride * task.E);
+        values = cutter.cut<float>((2 * task.m <= LANES ? MOST_BAND * task.m : stride) * width);
         queries = cutter.cut<float>(SHORT_ROWS * task.E);
-        scores = cutter.cut<float>(SHORT_ROWS * keys_here);
-        sums = cutter.cut<float>((task.m > MOST_KEYS && queries_here > SHORT_ROWS ? queries_here : SHORT_ROWS) * width);
-        weights = cutter.cut<Weights>((queries_here + TILE_ROWS - 1) / TILE_ROWS);
-        rows = cutter.cut<const void*>(keys_here);
+        scores = cutter.cut<float>((band > SHORT_ROWS ? band : SHORT_ROWS) * stride);
+        sums = cutter.cut<float>((task.m > MOST_KEYS ? block : MOST_BAND) * width);
+        weights = {cutter.cut<float>(block), cutter.cut<float>(block), cutter.cut<float>(block),
+                   cutter.cut<float>(block)};
+        parts = cutter.cut<Floats>(MOST_BAND + LANES);
+        rows = cutter.cut<const void*>(stride);
     }
 };
 

@@ -11,8 +11,7 @@ namespace {
 
 constexpr int64_t PANEL = 2 * LANES;                 // keys, or channels of values, that one tile multiplies at once
 constexpr int SHORT_ROWS = TILE_ROWS < 8 ? 8 : TILE_ROWS;  // rows of a tile of one vector
-constexpr int ROOM = SHORT_ROWS <= LANES ? LANES : 2 * LANES;  // for a number of each row
-static_assert(SHORT_ROWS <= ROOM && ROOM % LANES == 0);
+constexpr int MOST_BAND = 48;                        // rows whose scores become weights together
 
 // to[r][lane] = scale * rows[r] . column `lane` of a panel [E][PANEL], for VECTORS vectors of it.
 template <int ROWS, int VECTORS>
@@ -113,22 +112,25 @@ void mix_rows(int64_t count, const float* weights, int64_t stride, const float* 
     mix_tile<ROWS>(weights, stride, values, panel_stride, keys, D, before, by, to);
 }
 
-// The largest score of each query so far, -infinity where it sees nothing, and the sum of exp(score - largest).
+// What is known of each of some queries: the largest score so far, -infinity where it sees nothing, the sum of
+// exp(score - largest), what earlier sums are to be multiplied by, and what the last ones. Room for whole vectors.
 struct Weights {
-    float largest[ROOM], sum[ROOM];
+    float *largest, *sum, *before, *by;
 
-    void begin() {
-        for (int r = 0; r < ROOM; ++r) {
+    Weights from(int64_t query) const { return {largest + query, sum + query, before + query, by + query}; }
+
+    void begin(int64_t rows) const {
+        for (int64_t r = 0; r < rows; ++r) {
             largest[r] = -INFINITE;
             sum[r] = 0;
         }
     }
 
-    // 1 / sum of each, 0 for a query that sees nothing
-    void invert(float (&to)[ROOM]) const {
-        for (int r = 0; r < ROOM; r += LANES) {
+    // by = 1 / sum, 0 for a query that sees nothing
+    void invert(int64_t rows) const {
+        for (int64_t r = 0; r < rows; r += LANES) {
             const Floats total = load<Floats>(sum + r);
-            store(to + r, total == 0 ? repeat(0.0f) : 1 / total);
+            store(by + r, total == 0 ? repeat(0.0f) : 1 / total);
         }
     }
 
@@ -137,53 +139,58 @@ struct Weights {
     }
 };
 
-// Lanes [start, start + seen) of the vectors of a row are keys that its query sees.
+// Lanes [start, start + seen) of a row of scores are keys that its query sees; `count` of them are to be written.
 struct Span {
-    int64_t start, seen;
+    int64_t start, seen, count;
 };
 
-// Rows of scores become exp(score - largest), zero where no key is seen, up to `count` keys. before: what earlier sums
-// are to be multiplied by.
-inline void weigh(float* scores, int64_t stride, int64_t rows, const Span* spans, int64_t count, Weights& weights,
-                  float (&before)[ROOM]) {
-    Floats parts[ROOM];
-    float shift[ROOM], fresh[ROOM];
-    for (int64_t r = 0; r < rows; ++r) {
-        float* row = scores + r * stride;
+// The largest score of each row, lane by lane, after what is not seen has become -infinity.
+inline void find_largest(float* scores, int64_t stride, int64_t rows, const Span* spans, Floats* parts) {
+    for (int64_t r = 0; r < rows; ++r, scores += stride) {
         const int64_t start = spans[r].start, end = start + spans[r].seen, whole = end / LANES * LANES;
-        if (start) store(row, from_lane(load<Floats>(row), start, -INFINITE));
-        if (end > whole) store(row + whole, first_lanes(load<Floats>(row + whole), end - whole, -INFINITE));
+        if (start) store(scores, from_lane(load<Floats>(scores), start, -INFINITE));
+        if (end > whole) store(scores + whole, first_lanes(load<Floats>(scores + whole), end - whole, -INFINITE));
         Floats high = repeat(-INFINITE);
-        for (int64_t j = 0; j < end; j += LANES) high = larger(high, load<Floats>(row + j));
+        for (int64_t j = 0; j < end; j += LANES) high = larger(high, load<Floats>(scores + j));
         parts[r] = high;
     }
-    for (int64_t r = rows; r < ROOM; ++r) parts[r] = repeat(-INFINITE);
-    largest_of_rows(parts, fresh);
-    for (int r = 0; r < ROOM; r += LANES) {
-        const Floats old = load<Floats>(weights.largest + r), now = larger(old, load<Floats>(fresh + r));
-        const Floats from = now == -INFINITE ? repeat(0.0f) : now;
-        store(shift + r, from);
-        store(before + r, exp_of_negative(old - from));
-        store(weights.largest + r, now);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        float* row = scores + r * stride;
+}
+
+// Rows of scores become exp(score - shift), zero where no key is seen; parts: their sums, lane by lane.
+inline void take_exponentials(float* scores, int64_t stride, int64_t rows, const Span* spans, const float* shift,
+                              Floats* parts) {
+    for (int64_t r = 0; r < rows; ++r, scores += stride) {
         const Floats from = repeat(shift[r]);
         const int64_t end = spans[r].start + spans[r].seen;
         Floats sum = repeat(0.0f);
         int64_t j = 0;
         for (; j < end; j += LANES) {
-            const Floats value = exp_of_negative(load<Floats>(row + j) - from);
-            store(row + j, value);
+            const Floats value = exp_of_negative(load<Floats>(scores + j) - from);
+            store(scores + j, value);
             sum += value;
         }
-        for (; j < count; j += LANES) store(row + j, repeat(0.0f));
+        for (; j < spans[r].count; j += LANES) store(scores + j, repeat(0.0f));
         parts[r] = sum;
     }
-    sum_of_rows(parts, fresh);
-    for (int r = 0; r < ROOM; r += LANES)
+}
+
+// Rows of scores become weights, to be divided by their sum in the end. parts: [rows], room for whole vectors of rows,
+// as everywhere. Many rows at once, so that no step waits for the one before.
+inline void weigh(float* scores, int64_t stride, int64_t rows, const Span* spans, const Weights& weights,
+                  Floats* parts) {
+    find_largest(scores, stride, rows, spans, parts);
+    float shift[MOST_BAND + LANES];
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const Floats old = load<Floats>(weights.largest + r), now = larger(old, largest_of_rows(parts + r));
+        const Floats from = now == -INFINITE ? repeat(0.0f) : now;
+        store(shift + r, from);
+        store(weights.before + r, exp_of_negative(old - from));
+        store(weights.largest + r, now);
+    }
+    take_exponentials(scores, stride, rows, spans, shift, parts);
+    for (int64_t r = 0; r < rows; r += LANES)
         store(weights.sum + r,
-              multiply_add(load<Floats>(weights.sum + r), load<Floats>(before + r), load<Floats>(fresh + r)));
+              multiply_add(load<Floats>(weights.sum + r), load<Floats>(weights.before + r), sums_of_rows(parts + r)));
 }
 
 }  // namespace
