@@ -76,7 +76,7 @@ def test_masks_and_dtypes(mask, dtype, device):
     judged_backward(case, device, dtype)
 
 
-@pytest.mark.parametrize("name", ["one-position", "step", "blocks"])
+@pytest.mark.parametrize("name", ["one-position", "step"])
 def test_named_sizes(name, device):
     case = next(case for case in cases.ALL if case.name == name)
     judged(case, device)
@@ -101,11 +101,11 @@ def test_sizes(case, device):
 
 def test_fused_views_give_the_bits_of_separate_tensors(device):
     for axis, box in ((0, [4, 1, 1]), (1, [1, 3, 1]), (2, [1, 1, 2])):
-        qkv = torch.randn(2, 4, 3, 2, 3, 2, 5, device=device)
+        qkv = torch.randn(1, 4, 3, 2, 3, 2, 5, device=device)
         whole = triton_gpu.axial_attention(qkv, None, None, None, box, "causal", 0.5, True)
         parts = [part.contiguous() for part in qkv.unbind(-3)]
         assert same_bits(whole, triton_gpu.axial_attention(*parts, None, box, "causal", 0.5, True)), axis
-    grad_out = torch.randn(2, 4, 3, 2, 2, 5, device=device)
+    grad_out = torch.randn(1, 4, 3, 2, 2, 5, device=device)
     after = (None, *whole, grad_out, None, box, "causal", 0.5)
     grad, *none = triton_gpu.axial_attention_backward(qkv, None, None, *after, [True, False, False, False])
     apart = triton_gpu.axial_attention_backward(*parts, *after, [True] * 3 + [False])
@@ -141,14 +141,15 @@ def test_lines_whose_axes_do_not_fold(device):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("line", (1, 1, 1, 70), 1, 4, (1, 1, 70), "causal"),
-        Case("box", (1, 3, 2, 11), 1, 40, (3, 2, 11), "strict", bias=True),
-        Case("more-keys", (1, 1, 1, 40), 1, 4, (1, 1, 40), keys=(1, 1, 68)),
+        Case("line", (1, 1, 1, 35), 1, 66, (1, 1, 35), "causal", D=3),
+        Case("box", (1, 3, 2, 6), 1, 4, (3, 2, 6), "strict", bias=True),
+        Case("more-keys", (1, 1, 1, 5), 1, 66, (1, 1, 5), keys=(1, 1, 35)),
     ],
     ids=str,
 )
 def test_long_boxes(case, device):
-    assert kinds_of(case, False) == ["long"] and kinds_of(case, True)[:2] == ["queries", "keys"]
+    assert kinds_of(case, True)[:2] == ["queries", "keys"]
+    assert kinds_of(case, False) == ["tile" if case.name == "box" else "long"]
     judged(case, device)
     judged_backward(case, device)
 
@@ -156,7 +157,7 @@ def test_long_boxes(case, device):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("step", (1, 1, 1, 1), 2, 4, (1, 1, 1), "causal", keys=(1, 1, 300)),
+        Case("step", (1, 1, 1, 1), 1, 4, (1, 1, 1), "causal", keys=(1, 1, 300)),
         # the last chunk holds one key, which is hidden from all but the last query, and that from all with "strict"
         Case("few", (1, 1, 1, 3), 1, 4, (1, 1, 3), "strict", keys=(257, 1, 1), D=140),
     ],
@@ -164,15 +165,16 @@ def test_long_boxes(case, device):
 )
 def test_split_keys(case, device):
     assert kinds_of(case, False) == ["split"]
-    judged(case, device)
+    judged(case, device, torch.bfloat16)
 
 
-def test_a_sample_is_the_same_in_any_batch(device):
-    for case in (Case("", (3, 1, 1, 1), 1, 4, (1, 1, 1), keys=(1, 1, 300)), Case("", (3, 1, 5, 3), 1, 4, (1, 1, 3))):
-        q, k, v, *rest = flat(case.make(device))
-        whole = triton_gpu.axial_attention(q, k, v, *rest)
-        one = triton_gpu.axial_attention(*(t[1:2] for t in (q, k, v)), *rest)
-        alike(one, tuple(t[1:2] for t in whole), device)
+def test_a_step_is_the_same_in_any_batch(device):
+    # the order of summation is that of the keys, whatever else there is to do
+    case = Case("", (2, 1, 1, 1), 1, 4, (1, 1, 1), keys=(1, 1, 258))
+    q, k, v, *rest = flat(case.make(device, torch.bfloat16))
+    whole = triton_gpu.axial_attention(q, k, v, *rest)
+    one = triton_gpu.axial_attention(*(t[1:] for t in (q, k, v)), *rest)
+    assert same_bits(one, tuple(t[1:] for t in whole))
 
 
 # ---- what is seen
@@ -225,33 +227,31 @@ def test_tiny_and_huge_scores(scale, device):
 # ---- gradients
 
 
-def test_gradients_that_are_not_wanted_are_empty(device):
-    for length in (3, 35):
-        case = Case("", (1, 1, 2, length), 1, 4, (1, 1, length), bias=True)
-        args = case.make_backward(device)
-        every = triton_gpu.axial_attention_backward(*args)
-        for i in range(4):
-            some = triton_gpu.axial_attention_backward(*args[:-1], [i == j for j in range(4)])
-            assert [t.numel() > 0 for t in some] == [i == j for j in range(4)]
-            assert torch.equal(some[i], every[i])
+@pytest.mark.parametrize("length, asked", [(3, range(4)), (35, [1])])
+def test_gradients_that_are_not_wanted_are_empty(length, asked, device):
+    case = Case("", (1, 1, 1, length), 1, 4, (1, 1, length), bias=length == 3)
+    args = case.make_backward(device)
+    every = triton_gpu.axial_attention_backward(*args)
+    for i in asked:
+        some = triton_gpu.axial_attention_backward(*args[:-1], [i == j for j in range(4)])
+        assert [t.numel() > 0 for t in some] == [i == j for j in range(4)]
+        assert torch.equal(some[i], every[i])
 
 
 @pytest.mark.parametrize("length", [3, 35])
 def test_a_gradient_of_either_output(length, device):
-    case = Case("", (1, 1, 2, length), 1, 4, (1, 1, length), "causal", bias=True)
-    q, k, v, bias, out, lse, grad_out, grad_lse, *rest = case.make_backward(device)
-    ones = torch.ones((), device=device).expand_as(grad_out)
-    for given in ((None, grad_lse), (ones, None), (None, grad_lse[..., :1].expand_as(grad_lse))):
+    case = Case("", (1, 1, 1, length), 1, 4, (1, 1, length), "causal", bias=length == 3)
+    q, k, v, bias, out, lse, grad_out, _, *rest = case.make_backward(device)
+    grad_lse, ones = torch.randn_like(lse[..., :1]).expand_as(lse), torch.ones((), device=device).expand_as(grad_out)
+    for given in ((None, grad_lse), (ones, None)):
         args = q, k, v, bias, out, lse, *given, *rest
         cases.judge_backward(args, triton_gpu.axial_attention_backward(*args))
 
 
 def test_the_bias_gradient_in_several_chunks(monkeypatch, device):
-    case = Case("", (2, 3, 5, 2), 2, 4, (1, 1, 2), bias=True)
-    judged_backward(case, device)
+    case = Case("", (2, 3, 5, 2), 1, 4, (1, 1, 2), bias=True)
     monkeypatch.setattr(triton_configs, "LEAST_STEPS", 1)
-    monkeypatch.setattr(triton_configs, "WORKSPACE", 8 * 4 * 16)
-    assert triton_configs.chunk_of(16, 30, 2, 8) == 16  # two chunks
+    assert triton_configs.chunk_of(16, 30, 1, 4) == 16  # two chunks
     judged_backward(case, device)
 
 
@@ -310,7 +310,8 @@ def test_grids_are_flat_and_large(length, width, forward, programs, monkeypatch)
         found = triton_launch.kinds(q, v, None, cut, True)
         for kind in found:
             getattr(call, kind)(*[None] * {"box": 3, "queries": 1, "keys": 2}[kind])
-        assert [launched[f"_{kind}_kernel"].grids for kind in found] == [[(programs,)]] * len(found)
+        wanted = {"keys": [(300 * 300 * 5,)]}  # tiles of 16 keys, of 32 queries
+        assert [launched[f"_{kind}_kernel"].grids for kind in found] == [wanted.get(k, [(programs,)]) for k in found]
 
 
 def test_offsets_are_64_bits_wide(device):
@@ -408,7 +409,7 @@ def test_configs(case, dtype, device):
 
 
 def test_a_tuned_config_is_taken(monkeypatch):
-    default, other = triton_configs.fitting("long", torch.bfloat16, 64, 1000, 1000, True, 227)
+    default, other, *_ = triton_configs.fitting("long", torch.bfloat16, 64, 1000, 1000, True, 227)
     key = triton_configs.bucket("long", torch.bfloat16, 64, 1000, True)
     assert key == "long-plain-half-E64-M1024"
     monkeypatch.setattr(triton_configs, "tuned", lambda: {"interpreter": {key: other._asdict()}})
