@@ -27,15 +27,10 @@ using namespace fastvid;
 using namespace fastvid::FASTVID_LEVEL;
 
 constexpr double UNIT = 0x1p-24;  // rounding of float32
-
 std::mt19937_64 random_bits;
-
 int64_t between(int64_t least, int64_t most) { return least + (int64_t)(random_bits() % (uint64_t)(most - least + 1)); }
-
 double normal() { return std::normal_distribution<double>()(random_bits); }
-
 int32_t some_threads() { return (int32_t)between(1, 5); }
-
 int failures = 0;
 
 void expect(bool held, const char* what, int64_t call) {
@@ -64,7 +59,6 @@ struct Tensor {
         for (size_t axis = 0; axis < shape.size(); ++axis) extent += (shape[axis] - 1) * strides[axis];
         if (!count()) extent = 0;
     }
-
     int64_t item() const { return type == FLOAT32 ? 4 : 2; }
     int64_t bytes() const { return extent * item(); }
     int64_t count() const {
@@ -100,7 +94,6 @@ struct Tensor {
     }
     const float* floats() const { return (const float*)memory.get(); }
     std::vector<char> copy() const { return {memory.get(), memory.get() + (memory ? bytes() : 0)}; }
-
     // What lies between the elements, after a call that wrote them.
     bool gaps_left_alone() const {
         if (!memory) return true;
@@ -123,7 +116,6 @@ struct Tensor {
 // A number with a bound of how far float32 may be from it.
 struct Value {
     double v = 0, error = 0;
-
     void add(double a, double b, double wrong = 0) {  // one of many products
         v += a * b, error += std::fabs(a * b) * UNIT + wrong;
     }
@@ -140,7 +132,6 @@ struct Sizes {
     int64_t A = between(1, 4), E = between(1, 36), D = between(0, 1) ? E : between(1, 36), n = 1, m = 1;
     int32_t mask = (int32_t)between(0, 2), type = between(0, 1) ? FLOAT32 : (int32_t)between(1, 2);
     float scale = (float)(between(0, 3) ? 1 / std::sqrt((double)E) : 0.3 * normal());
-
     explicit Sizes(bool self = false) {
         const int64_t kind = between(0, 19), line = between(0, 2);
         for (int axis = 0; axis < 3; ++axis) {
@@ -157,17 +148,10 @@ struct Sizes {
         if (!self && between(0, 39) == 0) key_box[line] = 0;
         if (between(0, 5) == 0) E = D = between(0, 1) ? 32 : 64;
         for (int axis = 0; axis < 3; ++axis) n *= box[axis], m *= key_box[axis];
-        while (B * boxes() * A * n * m * (E + D) > 1500000 && A * B * cells[line] > 1) {  // plain loops take their time
-            if (A > 1)
-                --A;
-            else if (cells[line] > 1)
-                --cells[line];
-            else
-                B = 1;
-            if (A == 1 && cells[line] == 1 && B <= 1) break;
-        }
+        const auto large = [&] { return B * boxes() * A * n * m * (E + D) > 1500000; };  // plain loops take their time
+        while (A > 1 && large()) --A;
+        while (cells[line] > 1 && large()) --cells[line];
     }
-
     int64_t boxes() const { return cells[0] * cells[1] * cells[2]; }
     std::vector<int64_t> grid(const int64_t (&extent)[3]) const {
         return {B, cells[0] * extent[0], cells[1] * extent[1], cells[2] * extent[2]};
@@ -204,7 +188,6 @@ using Numbers = std::function<Value(int64_t, int64_t)>;  // of a row and a colum
 struct Row {
     std::vector<Value> weights;
     Value lse;
-
     Row(const Sizes& s, int64_t i, const Numbers& q, const Numbers& k, const Numbers& bias, const double* given)
         : weights((size_t)s.m) {
         double top = -INFINITY, sum = 0, worst = 0;
@@ -219,6 +202,7 @@ struct Row {
             const double added = bias(i, j).v;
             score.v = s.scale * score.v + added;
             score.error = std::fabs(s.scale) * score.error * 4 + (std::fabs(score.v) + std::fabs(added)) * 4 * UNIT;
+            if (added == -INFINITY) score = {added, 0};
             scores[(size_t)j] = score, top = std::fmax(top, score.v), worst = std::fmax(worst, score.error);
         }
         for (int64_t j = 0; j < s.m && top > -INFINITY; ++j)
@@ -246,7 +230,6 @@ Value output(const Sizes& s, const Row& row, const Numbers& v, int64_t d) {
 struct Inputs {
     const Sizes& s;
     std::vector<Tensor> tensors;
-
     explicit Inputs(const Sizes& sizes) : s(sizes) {
         bool alike = s.E == s.D && between(0, 1);
         for (int axis = 0; axis < 3; ++axis) alike = alike && s.box[axis] == s.key_box[axis];
@@ -290,8 +273,6 @@ Numbers of_bias(const Tensor& bias, const Sizes& s, int64_t a) {
     return [&bias, &s, a](int64_t i, int64_t j) { return Value{bias[(a * s.n + i) * s.m + j], 0}; };
 }
 
-Scores scores_of(const Tensor& bias) { return bias.view<Scores>(); }
-
 void forward(int64_t number) {
     const Sizes s;
     const Inputs inputs(s);
@@ -302,7 +283,7 @@ void forward(int64_t number) {
     AttentionCall call = {};
     s.describe(call);
     call.q = inputs.view(0), call.k = inputs.view(1), call.v = inputs.view(2), call.out = out.view<Heads>();
-    call.bias = scores_of(bias), call.lse = (float*)lse.memory.get();
+    call.bias = bias.view<Scores>(), call.lse = (float*)lse.memory.get();
     for (int axis = 0; axis < 3; ++axis) call.key_box[axis] = s.key_box[axis];
     expect(fastvid_axial_attention(&call) == 0, "forward refused", number);
     for (int64_t box = 0; box < s.B * s.boxes(); ++box)
@@ -319,7 +300,7 @@ void forward(int64_t number) {
             }
         }
     expect(out.gaps_left_alone(), "gaps of out", number);
-    const std::vector<char> first = out.copy(), statistics = lse.copy();
+    const auto first = out.copy(), statistics = lse.copy();
     call.threads = some_threads();
     fastvid_axial_attention(&call);
     expect(first == out.copy() && statistics == lse.copy(), "threads change bits of the forward", number);
@@ -328,7 +309,6 @@ void forward(int64_t number) {
 // Sums of a gradient, [positions, A, width].
 struct Sums {
     std::vector<Value> values;
-
     explicit Sums(int64_t count) : values((size_t)count) {}
     Value& operator[](int64_t i) { return values[(size_t)i]; }
     void judge(const Tensor& found, const char* what, int64_t number) {
@@ -341,7 +321,6 @@ struct Sums {
 struct Gradients {
     Tensor q, k, v, bias;
     Sums sums_q, sums_k, sums_v, sums_bias;
-
     explicit Gradients(const Sizes& s, bool biased)
         : q(s.heads(s.box, s.E), s.type), k(s.heads(s.key_box, s.E), s.type), v(s.heads(s.key_box, s.D), s.type),
           bias({s.A, s.n, s.m}, FLOAT32, true), sums_q(q.count()), sums_k(k.count()), sums_v(v.count()),
@@ -356,12 +335,7 @@ struct Gradients {
         sums_q.judge(q, "grad_q", number), sums_k.judge(k, "grad_k", number);
         sums_v.judge(v, "grad_v", number), sums_bias.judge(bias, "grad_bias", number);
     }
-    std::vector<char> copy() const {
-        std::vector<char> all;
-        for (const Tensor* tensor : {&q, &k, &v, &bias})
-            for (char byte : tensor->copy()) all.push_back(byte);
-        return all;
-    }
+    std::vector<std::vector<char>> copy() const { return {q.copy(), k.copy(), v.copy(), bias.copy()}; }
 };
 
 // What one query adds to the sums, given its weights and the gradients of its output and statistics.
@@ -425,12 +399,12 @@ void backward(int64_t number) {
     s.describe(call);
     call.q = inputs.view(0), call.k = inputs.view(1), call.v = inputs.view(2), call.out = out.view<Heads>();
     call.grad_out = given.view<Heads>(), call.grad_q = to.q.view<Heads>(), call.grad_k = to.k.view<Heads>();
-    call.grad_v = to.v.view<Heads>(), call.bias = scores_of(bias);
+    call.grad_v = to.v.view<Heads>(), call.bias = bias.view<Scores>();
     call.lse = lse.floats(), call.grad_lse = grad_lse.floats(), call.grad_bias = (float*)to.bias.memory.get();
     for (int axis = 0; axis < 3; ++axis) call.key_box[axis] = s.key_box[axis];
     expect(fastvid_axial_attention_backward(&call) == 0, "backward refused", number);
     to.judge(number);
-    const std::vector<char> first = to.copy();
+    const auto first = to.copy();
     call.threads = some_threads();
     fastvid_axial_attention_backward(&call);
     expect(first == to.copy(), "threads change bits of the gradients", number);
@@ -468,8 +442,8 @@ void projected(int64_t number) {
     SelfAttentionCall call = {};
     s.describe(call);
     call.x = x.view<Positions>(), call.out = out.view<Positions>();
-    call.to_q = to_q.view<Matrix>(), call.to_k = to_k.view<Matrix>();
-    call.to_v = to_v.view<Matrix>(), call.to_out = to_out.view<Matrix>();
+    call.to_q = to_q.view<Matrix>(), call.to_k = to_k.view<Matrix>(), call.to_v = to_v.view<Matrix>();
+    call.to_out = to_out.view<Matrix>();
     call.bias = bias.floats(), call.C = C, call.Cout = Cout, call.add = add;
     const int64_t N = s.B * s.boxes() * s.n;
     std::vector<Value> input((size_t)(N * C)), inside((size_t)(N * values));
@@ -504,7 +478,7 @@ void projected(int64_t number) {
     }
     expect(out.gaps_left_alone(), "gaps of self attention", number);
     const std::vector<char> first = out.copy();
-    std::memcpy(out.memory.get(), before.data(), before.size());
+    if (!before.empty()) std::memcpy(out.memory.get(), before.data(), before.size());
     call.threads = some_threads();
     fastvid_axial_self_attention(&call);
     expect(first == out.copy(), "threads change bits of self attention", number);
