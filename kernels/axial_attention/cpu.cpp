@@ -4,6 +4,7 @@
 
 #include "axial_attention/cpu_boxes.h"
 #include "axial_attention/cpu_line.h"
+#include "common/pages.h"
 #include "common/pool.h"
 
 namespace fastvid::FASTVID_LEVEL {
@@ -12,6 +13,7 @@ namespace {
 constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread
 constexpr int64_t PIECE_WORK = 1 << 20;
 constexpr int64_t MOST_PLACES = 48;  // units that are found at once
+constexpr int64_t MOST_GATHERED = 192 << 10;  // bytes of rows that are gathered at once: a part of the second cache
 
 // A unit is a head of a box; a piece is some units of neighbouring boxes, or some queries of one unit.
 struct Plan {
@@ -40,7 +42,7 @@ void make_plan(Plan& plan) {
     plan.boxes = make_boxes(call);
     plan.task = {rows_of(call.q), rows_of(call.k), rows_of(call.v), rows_of(call.out), nullptr,
                  {call.bias.strides[1], call.bias.strides[2]}, call.bias.type,
-                 n, m, call.E, call.D, call.scale, call.mask};
+                 n, m, call.E, call.D, call.scale, call.mask, 1};
     plan.units = call.B * volume(call.cells) * call.A;
     const int64_t work_of_unit = (n * m + n + m) * (call.E + call.D) + 1, work = plan.units * work_of_unit;
     plan.threads = (int)at_most(call.threads, 1 + work / THREAD_WORK);
@@ -50,6 +52,10 @@ void make_plan(Plan& plan) {
     plan.units_of_piece = wanted >= call.A ? wanted / call.A * call.A : wanted;
     const bool few = plan.units < 4 * plan.threads;
     plan.queries_of_block = few ? MOST_QUERIES : at_least(n, 1);
+    const int64_t bytes_of_unit = 4 * (n * call.E + m * (call.E + call.D)) + 1;
+    // rows of a head in a line along H or T may be so far apart that the caches hold few of them, and no stream forms
+    if (!few && n > FEW && n <= MOST_QUERIES && m <= MOST_KEYS && 2 * m > LANES)
+        plan.task.together = at_least(at_most(MOST_GATHERED / bytes_of_unit, at_most(call.A, plan.units_of_piece)), 1);
     plan.blocks = at_least((n + plan.queries_of_block - 1) / plan.queries_of_block, 1);
     plan.pieces = (plan.units + plan.units_of_piece - 1) / plan.units_of_piece * plan.blocks;
 }
@@ -129,6 +135,7 @@ Outcome axial_attention(const AttentionCall& call) {
     if (!memory.take(sizes.used)) return NO_MEMORY;
     Cutter cutter{(char*)memory.block};
     plan.cut(cutter);
+    if (plan.task.out.step == 1) expect_to_fill(call.out.data, (size_t)(plan.units * plan.task.n * call.D * plan.task.out.bytes()));
     run_together((int)at_most(plan.pieces, plan.threads), attend_pieces, &plan);
     // no piece is left unless every thread went without memory
     return plan.next_piece < plan.pieces ? NO_MEMORY : DONE;

@@ -66,28 +66,31 @@ inline void score_keys(const float* const* queries, const void* const* keys, int
 template <class T, int ROWS, int VECTORS>
 inline void mix_values(const float* weights, int64_t stride, const void* const* values, int64_t keys, int64_t d,
                        const float* before, const float* by, float* const* to) {
-    Floats total[ROWS][VECTORS];
+    for (int64_t key = 0; key == 0 || key < keys; key += STRETCH) {
+        Floats total[ROWS][VECTORS];
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v)
-            total[r][v] = before ? load<Floats>(to[r] + d + v * LANES) * before[r] : repeat(0.0f);
-    for (int64_t j = 0; j < keys; ++j) {
-        const T* value = (const T*)values[j] + d;
-        Floats part[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = repeat(0.0f);
+        const int64_t end = keys - key < STRETCH ? keys : key + STRETCH;
+        for (int64_t j = key; j < end; ++j) {
+            const T* value = (const T*)values[j] + d;
+            Floats part[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) part[v] = widened(value + v * LANES);
+            for (int v = 0; v < VECTORS; ++v) part[v] = widened(value + v * LANES);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            const Floats weight = repeat(weights[r * stride + j]);
+            for (int r = 0; r < ROWS; ++r) {
+                const Floats weight = repeat(weights[r * stride + j]);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(weight, part[v], total[r][v]);
+                for (int v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(weight, part[v], total[r][v]);
+            }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v)
+                join(total[r][v], key, end == keys, before ? before + r : nullptr, by[r], to[r] + d + v * LANES);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) store(to[r] + d + v * LANES, total[r][v] * by[r]);
 }
 
 template <class T, int ROWS>

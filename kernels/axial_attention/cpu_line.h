@@ -46,7 +46,9 @@ inline void weigh_band(Band& band) {
         const int64_t count = band.seen(from + rows - 1);
         if (band.next) fetch_ahead(task, *band.next, band.first + from, band.first + from + rows);
         for (int64_t r = 0; r < rows; ++r) {
-            queries[r] = query_row(task, band.place.q, band.first + from + r, scratch.queries + r * task.E);
+            queries[r] = scratch.gathered
+                             ? scratch.gathered + (band.first + from + r) * task.E
+                             : query_row(task, band.place.q, band.first + from + r, scratch.queries + r * task.E);
             band.spans[from + r] = {0, band.seen(from + r), count};
         }
         score_rows<TILE_ROWS>(rows, queries, task.E, scratch.keys, count, task.scale,
@@ -134,10 +136,30 @@ inline void attend_block(const Task& task, const Place& place, int64_t first, in
     }
 }
 
+// The same for all queries of some heads, whose rows are gathered together.
+inline void attend_gathered(const Task& task, const Place* places, int64_t heads, const LineScratch& scratch) {
+    gather_heads(task, places, heads, scratch);
+    LineScratch own = scratch;
+    for (int64_t head = 0; head < heads; ++head) {
+        Span spans[MOST_BAND];
+        for (int64_t from = 0; from < task.n; from += scratch.band) {
+            const int64_t rows = task.n - from < scratch.band ? task.n - from : scratch.band;
+            Band band{task, places[head], own, 0, task.seen(task.n - 1), from, rows, nullptr, scratch.weights, spans,
+                      nullptr};
+            attend_band(band);
+        }
+        own.keys += scratch.stride * task.E;
+        own.values += scratch.stride * scratch.width;
+        own.gathered += task.n * task.E;
+    }
+}
+
 // All queries of `count` heads, of one box or of several.
 inline void attend(const Task& task, const Place* places, int64_t count, const LineScratch& scratch) {
     if (task.m > 0 && 2 * task.m <= LANES) return attend_short(task, places, count, scratch);
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; task.together > 1 && i < count; i += task.together)
+        attend_gathered(task, places + i, count - i < task.together ? count - i : task.together, scratch);
+    for (int64_t i = 0; task.together == 1 && i < count; ++i)
         for (int64_t first = 0; first < task.n; first += MOST_QUERIES)
             attend_block(task, places[i], first, first + MOST_QUERIES < task.n ? first + MOST_QUERIES : task.n, scratch,
                          i + 1 < count ? places + i + 1 : nullptr);

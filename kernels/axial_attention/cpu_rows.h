@@ -33,6 +33,7 @@ struct Task {
     int64_t n, m, E, D;
     float scale;
     int32_t mask;
+    int64_t together = 1;  // heads whose rows are gathered at once, so that what lies side by side is read at once
 
     // How many keys query i sees: the first ones.
     int64_t seen(int64_t i) const {
@@ -53,8 +54,9 @@ inline int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 
 
 // What one thread needs for any boxes and heads of a task.
 struct LineScratch {
-    float* keys;        // [panels of keys][E][PANEL]
-    float* values;      // [panels of D][keys][PANEL]
+    float* keys;        // [heads together][panels of keys][E][PANEL]
+    float* values;      // [heads together][panels of D][keys][PANEL]
+    float* gathered;    // [heads together][queries][E], or null: queries are read where they lie
     float* queries;     // [SHORT_ROWS][E]
     float* scores;      // [rows of a band][keys]
     float* sums;        // [queries][width]
@@ -70,8 +72,9 @@ struct LineScratch {
         width = rounded_up(task.D, PANEL);
         band = stride * MOST_BAND <= MOST_SCORES ? MOST_BAND : rounded_up(MOST_SCORES / stride, LANES);
         const int64_t block = rounded_up(task.n < MOST_QUERIES ? task.n : MOST_QUERIES, MOST_BAND) + LANES;
-        keys = cutter.cut<float>(stride * task.E);
-        values = cutter.cut<float>((2 * task.m <= LANES ? MOST_BAND * task.m : stride) * width);
+        keys = cutter.cut<float>(task.together * stride * task.E);
+        values = cutter.cut<float>((2 * task.m <= LANES ? MOST_BAND * task.m : task.together * stride) * width);
+        gathered = task.together > 1 ? cutter.cut<float>(task.together * task.n * task.E) : nullptr;
         queries = cutter.cut<float>(SHORT_ROWS * task.E);
         scores = cutter.cut<float>((band > SHORT_ROWS ? band : SHORT_ROWS) * stride);
         sums = cutter.cut<float>((task.m > MOST_KEYS ? block : MOST_BAND) * width);
@@ -162,23 +165,43 @@ inline void gather_keys(const Task& task, const void* k, int64_t first, int64_t 
     }
 }
 
-// Values [first, first + count) into panels of channels, zeros where there is no channel.
-inline void gather_values(const Task& task, const void* v, int64_t first, int64_t count, float* to) {
+// Row j of `count` values into panels of channels, zeros where there is no channel.
+inline void gather_value(const Task& task, const void* row, int64_t j, int64_t count, float* to) {
     const int64_t whole = task.v.direct(PANEL) ? task.D / PANEL * PANEL : 0;
-    for (int64_t j = 0; j < count; ++j) {
-        const void* row = task.v.row(v, first + j);
-        float* place = to + j * PANEL;
-        int64_t d = 0;
-        for (; d < whole; d += PANEL, place += count * PANEL) {
-            store(place, load<Floats>((const float*)row + d));
-            store(place + LANES, load<Floats>((const float*)row + d + LANES));
-        }
-        for (; d < task.D; d += PANEL, place += count * PANEL) {
-            const int64_t width = task.D - d < PANEL ? task.D - d : PANEL;
-            if (width < PANEL) __builtin_memset(place, 0, PANEL * sizeof(float));
-            copy_row((const char*)row + d * task.v.step * task.v.bytes(), task.v.step, task.v.type, width, place);
-        }
+    float* place = to + j * PANEL;
+    int64_t d = 0;
+    for (; d < whole; d += PANEL, place += count * PANEL) {
+        store(place, load<Floats>((const float*)row + d));
+        store(place + LANES, load<Floats>((const float*)row + d + LANES));
     }
+    for (; d < task.D; d += PANEL, place += count * PANEL) {
+        const int64_t width = task.D - d < PANEL ? task.D - d : PANEL;
+        if (width < PANEL) __builtin_memset(place, 0, PANEL * sizeof(float));
+        copy_row((const char*)row + d * task.v.step * task.v.bytes(), task.v.step, task.v.type, width, place);
+    }
+}
+
+inline void gather_values(const Task& task, const void* v, int64_t first, int64_t count, float* to) {
+    for (int64_t j = 0; j < count; ++j) gather_value(task, task.v.row(v, first + j), j, count, to);
+}
+
+// All rows of some heads, row by row: those of one box lie side by side, where those of one head may be far apart.
+inline void gather_heads(const Task& task, const Place* places, int64_t heads, const LineScratch& scratch) {
+    const int64_t keys = task.seen(task.n - 1), key_size = scratch.stride * task.E, value_size = scratch.stride * scratch.width;
+    for (int64_t j = 0; j < keys; j += LANES)
+        for (int64_t head = 0; head < heads; ++head) {
+            const void* rows[LANES];
+            find_rows(task.k, places[head].k, 0, j, keys, rows);
+            turn_keys(rows, task.k, task.E,
+                      scratch.keys + head * key_size + j / PANEL * task.E * PANEL + j % PANEL);
+        }
+    for (int64_t j = 0; j < keys; ++j)
+        for (int64_t head = 0; head < heads; ++head)
+            gather_value(task, task.v.row(places[head].v, j), j, keys, scratch.values + head * value_size);
+    for (int64_t i = 0; i < task.n; ++i)
+        for (int64_t head = 0; head < heads; ++head)
+            copy_row(task.q.row(places[head].q, i), task.q.step, task.q.type, task.E,
+                     scratch.gathered + (head * task.n + i) * task.E);
 }
 
 // A row of q as float32 side by side: itself, or a copy.

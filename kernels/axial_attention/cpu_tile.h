@@ -1,7 +1,7 @@
 // Products of a few rows with what lies in panels, and rows of weights from rows of scores.
 //
 // Every sum has one order, whatever is evaluated together: a score sums e = 0 .. E - 1, a row of weights is summed lane
-// by lane (key j to lane j modulo LANES), and an output sums j = 0 .. m - 1.
+// by lane (key j to lane j modulo LANES), and an output sums STRETCH keys at a time from zero, then joins them.
 #pragma once
 
 #include "axial_attention/cpu_lanes.h"
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t PANEL = 2 * LANES;                 // keys, or channels of values, that one tile multiplies at once
 constexpr int SHORT_ROWS = TILE_ROWS < 8 ? 8 : TILE_ROWS;  // rows of a tile of one vector
+constexpr int64_t STRETCH = 64;                      // keys whose values are summed before the sum joins the total
 constexpr int MOST_BAND = 48;                        // rows whose scores become weights together
 
 // to[r][lane] = scale * rows[r] . column `lane` of a panel [E][PANEL], for VECTORS vectors of it.
@@ -43,36 +44,49 @@ inline void score_panel(const float* const* rows, int64_t E, const float* keys, 
         for (int v = 0; v < VECTORS; ++v) store(to + r * stride + v * LANES, total[r][v] * scale);
 }
 
+// The sum of a stretch of keys from `key` on joins `to`: what that held before the first one counts `before` times (null:
+// not at all); after the last one all is multiplied by `by`.
+inline void join(Floats sum, int64_t key, bool last, const float* before, float by, float* to) {
+    if (key > 0)
+        sum += load<Floats>(to);
+    else if (before)
+        sum = multiply_add(load<Floats>(to), repeat(*before), sum);
+    store(to, last ? sum * by : sum);
+}
+
 // to[r] = by[r] * (before[r] * to[r] + sum over j of weights[r][j] * values[j]); before null: without what to holds.
 // values: [keys][PANEL].
 template <int ROWS, int VECTORS>
 inline void mix_panel(const float* weights, int64_t stride, const float* values, int64_t keys, const float* before,
                       const float* by, float* const* to, int64_t skip) {
-    Floats total[ROWS][VECTORS];
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v)
-            total[r][v] = before ? load<Floats>(to[r] + skip + v * LANES) * before[r] : repeat(0.0f);
     const float* weight[ROWS];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) weight[r] = weights + r * stride;
-#pragma GCC unroll 2
-    for (int64_t j = 0; j < keys; ++j, values += PANEL) {
-        Floats value[VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) value[v] = load<Floats>(values + v * LANES);
+    for (int64_t key = 0; key == 0 || key < keys; key += STRETCH) {
+        Floats total[ROWS][VECTORS];
 #pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            const Floats one = repeat(weight[r][j]);
+        for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(one, value[v], total[r][v]);
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = repeat(0.0f);
+        const int64_t end = keys - key < STRETCH ? keys : key + STRETCH;
+#pragma GCC unroll 2
+        for (int64_t j = key; j < end; ++j, values += PANEL) {
+            Floats value[VECTORS];
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) value[v] = load<Floats>(values + v * LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                const Floats one = repeat(weight[r][j]);
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) total[r][v] = multiply_add(one, value[v], total[r][v]);
+            }
         }
-    }
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) store(to[r] + skip + v * LANES, total[r][v] * by[r]);
+            for (int v = 0; v < VECTORS; ++v)
+                join(total[r][v], key, end == keys, before ? before + r : nullptr, by[r], to[r] + skip + v * LANES);
+    }
 }
 
 // Scores of `count` keys, [panels][E][PANEL]. Out of line, as the next ones, so that nothing else competes for registers.
