@@ -173,7 +173,7 @@ class Step:
         q, k, v = values
         missing = told(ops.axial_attention, q[:, :, :, :1], k, v, 3, mask="causal", backend="cpu")
         return {
-            "fastvid": Way(lambda values: values, functools.partial(self._run, _our_step), missing),
+            "fastvid": Way(_as_cached, functools.partial(self._run, _our_step), missing),
             "sdpa in place": Way(_heads_first, functools.partial(self._run, _sdpa_step)),
             "sdpa heads first": Way(_heads_first_copied, functools.partial(self._run, _sdpa_step)),
         }
@@ -191,6 +191,12 @@ def _our_step(q: Tensor, k: Tensor, v: Tensor, backend: str = "cpu") -> Tensor:
 def _sdpa_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """k and v [1, A, N, E]."""
     return F.scaled_dot_product_attention(q[0, 0].transpose(1, 2), k, v).transpose(1, 2)[None, None]
+
+
+def _as_cached(values: Values) -> Values:
+    """In memory as fastvid.nn.CausalAttention3d has its cache: a head's positions side by side."""
+    q, *cache = values
+    return q, *(x.movedim(-2, 1).contiguous().movedim(1, -2) for x in cache)
 
 
 def _heads_first(values: Values) -> Values:

@@ -55,9 +55,10 @@ class CausalAttention3d(nn.Module):
     def new_cache(self, batch: int, grid: tuple[int, int, int]) -> AttentionCache:
         """An empty cache for `step` over a grid (T, H, W), in the parameters' dtype and on their device."""
         weight = self.qkv.weight
-        heads = (batch, *grid, self.heads, weight.shape[1] // self.heads)
-        placed = self._placed(weight.new_empty(1, *grid, 0))
-        return AttentionCache(weight.new_empty(heads), weight.new_empty(heads), placed)
+        # a head's positions side by side in memory, as a step reads them one after the other
+        size = batch, self.heads, *grid, weight.shape[1] // self.heads
+        keys, values = (weight.new_empty(size).movedim(1, -2) for _ in range(2))
+        return AttentionCache(keys, values, self._placed(weight.new_empty(1, *grid, 0)))
 
     @torch.no_grad()
     def step(self, h: Tensor, cache: AttentionCache, position: tuple[int, int, int]) -> Tensor:

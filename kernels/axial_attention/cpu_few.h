@@ -8,6 +8,7 @@ namespace fastvid::FASTVID_LEVEL {
 namespace {
 
 constexpr int64_t FEW = 2;          // queries that are not worth a copy of keys and values
+constexpr int64_t AHEAD = 32;         // keys that are asked for before they are needed
 constexpr int64_t MOST_TOGETHER = 4;  // queries that share a load of a value
 
 // Writes sums, unless they are where they belong (null), and lse of query i, which is row r of the weights.
@@ -105,13 +106,24 @@ void mix_few(int64_t rows, const float* weights, int64_t stride, const void* con
     for (; d < D; d += LANES) mix_values<T, ROWS, 1>(weights, stride, values, keys, d, before, by, to);
 }
 
-// One or two queries: [first, first + ROWS).
+// Asks for rows [first, last). Inline, as the compiler takes a call that does no more for one that does nothing.
+__attribute__((always_inline)) inline void fetch_rows(const Rows& rows, const void* data, int64_t width, int64_t first,
+                                                      int64_t last) {
+    const int64_t bytes = rows.step == 1 ? width * rows.bytes() : 0;
+    for (int64_t j = first; j < last; ++j)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)rows.row(data, j) + at);
+}
+
+// One or two queries. Values are asked for meanwhile, as those of all these keys are needed next.
 template <class T, int ROWS>
-void score_few(const Task& task, const void* k, const float* const* queries, int64_t key, int64_t count, float* to,
+void score_few(const Task& task, const Place& place, const float* const* queries, int64_t key, int64_t count, float* to,
                int64_t stride) {
-    const void* rows[2][LANES];
+    const void *k = place.k, *rows[2][LANES];
     int64_t j = 0;
     for (; j + 2 * LANES <= count; j += 2 * LANES) {
+        const int64_t next = key + j + AHEAD, end = next + 2 * LANES;
+        fetch_rows(task.k, k, task.E, next, end < task.m ? end : task.m);
+        fetch_rows(task.v, place.v, task.D, key + j, key + j + 2 * LANES);
         find_rows(task.k, k, key, j, count, rows[0]);
         find_rows(task.k, k, key, j + LANES, count, rows[1]);
         score_keys<T, ROWS, 2>(queries, rows[0], task.k.step, task.E, task.scale, to + j, stride);
@@ -123,17 +135,17 @@ void score_few(const Task& task, const void* k, const float* const* queries, int
 }
 
 template <class T>
-void score_few(int64_t rows, const Task& task, const void* k, const float* const* queries, int64_t key, int64_t count,
-               float* to, int64_t stride) {
-    if (rows == 1) return score_few<T, 1>(task, k, queries, key, count, to, stride);
-    score_few<T, 2>(task, k, queries, key, count, to, stride);
+void score_few(int64_t rows, const Task& task, const Place& place, const float* const* queries, int64_t key,
+               int64_t count, float* to, int64_t stride) {
+    if (rows == 1) return score_few<T, 1>(task, place, queries, key, count, to, stride);
+    score_few<T, 2>(task, place, queries, key, count, to, stride);
 }
 
-inline void score_few(int64_t rows, const Task& task, const void* k, const float* const* queries, int64_t key,
+inline void score_few(int64_t rows, const Task& task, const Place& place, const float* const* queries, int64_t key,
                       int64_t count, float* to, int64_t stride) {
-    if (task.k.type == FLOAT32) return score_few<float>(rows, task, k, queries, key, count, to, stride);
-    if (task.k.type == BFLOAT16) return score_few<BFloat16>(rows, task, k, queries, key, count, to, stride);
-    score_few<Float16>(rows, task, k, queries, key, count, to, stride);
+    if (task.k.type == FLOAT32) return score_few<float>(rows, task, place, queries, key, count, to, stride);
+    if (task.k.type == BFLOAT16) return score_few<BFloat16>(rows, task, place, queries, key, count, to, stride);
+    score_few<Float16>(rows, task, place, queries, key, count, to, stride);
 }
 
 // `rows` queries, FEW at most, from `first` on.
@@ -153,7 +165,7 @@ inline void attend_few(const Task& task, const Place& place, int64_t first, int6
     for (int64_t key = 0; key < seen; key += MOST_KEYS) {
         const int64_t keys = seen - key < MOST_KEYS ? seen - key : MOST_KEYS;
         Span spans[FEW];
-        score_few(rows, task, place.k, queries, key, keys, scratch.scores, stride);
+        score_few(rows, task, place, queries, key, keys, scratch.scores, stride);
         for (int64_t r = 0; r < rows; ++r) {
             add_bias(task, place.bias, first + r, key, keys, scratch.scores + r * stride);
             const int64_t sees = task.seen(first + r) - key;
