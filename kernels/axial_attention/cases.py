@@ -1,5 +1,6 @@
 """Named sizes of attention inside boxes, and how results are judged: tested, timed and tuned from this list."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from random import Random
@@ -181,11 +182,14 @@ def judge(args: tuple, result: tuple[Tensor, Tensor]) -> None:
 
 
 def judge_backward(args: tuple, result: tuple[Tensor, ...]) -> None:
-    """The same of the four gradients. Those at scores are differences, zero for a single key: rounding is measured by
-    what is subtracted, which is as large as the gradient of a value."""
+    """The same of the four gradients. At the scores a difference is taken, which is zero for a single key: its rounding
+    is measured by what it is taken from."""
     exact = reference.axial_attention_backward(*in_dtype(args, torch.float64))
     peer = reference.axial_attention_backward(*args)
-    largest = max(float(grad.abs().max()) for grad in exact if grad.numel()) if exact[0].numel() else None
+    out = args[4]
+    whole = in_dtype((*args[:4], torch.zeros_like(out), args[5], args[6], None, *args[8:]), torch.float64)
+    terms = reference.axial_attention_backward(*whole)
+    largest = [float(grad.abs().max()) if grad.numel() else None for grad in terms]
     _judge_each(("grad_q", "grad_k", "grad_v", "grad_bias"), result, exact, peer, largest)
 
 
@@ -207,11 +211,13 @@ def _projected(args: tuple) -> Tensor:
 
 
 def _judge_each(
-    names: tuple[str, ...], result: tuple, exact: tuple, peer: tuple, largest: float | None = None
+    names: tuple[str, ...], result: tuple, exact: tuple, peer: tuple, largest: Sequence[float | None] | None = None
 ) -> None:
-    for name, ours, true, same in zip(names, result, exact, peer, strict=True):
+    for name, ours, true, same, size in zip(
+        names, result, exact, peer, largest or [None] * len(names), strict=True
+    ):
         try:
-            assert_within_yardstick(ours, true, same, largest=largest)
+            assert_within_yardstick(ours, true, same, largest=size)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
