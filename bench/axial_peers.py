@@ -5,6 +5,7 @@ asks for (the package makes a few more). The others hand the same lines to a fus
 """
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ def flex_mask(part: Part, bias: Tensor | None, like: Tensor) -> Any:
 def natten(q: Tensor, k: Tensor, v: Tensor, part: Part, dense: None) -> Tensor:
     """By NATTEN, a window as long as the line. Its windows have two positions at least along every axis that they are
     given, so a line of a grid is to it a sequence of its own."""
-    from natten.functional import na1d
+    na1d = importlib.import_module("natten.functional").na1d  # not on every machine
 
     lines = (cut(x, part.box) for x in (q, k, v))
     return joined(na1d(*lines, kernel_size=part.n, is_causal=part.mask == "causal"), part.box, q.shape)
