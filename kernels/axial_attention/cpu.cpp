@@ -135,7 +135,8 @@ Outcome axial_attention(const AttentionCall& call) {
     if (!memory.take(sizes.used)) return NO_MEMORY;
     Cutter cutter{(char*)memory.block};
     plan.cut(cutter);
-    if (plan.task.out.step == 1) expect_to_fill(call.out.data, (size_t)(plan.units * plan.task.n * call.D * plan.task.out.bytes()));
+    if (plan.task.out.step == 1)
+        expect_to_fill(call.out.data, (size_t)(plan.units * plan.task.n * call.D * plan.task.out.bytes()));
     run_together((int)at_most(plan.pieces, plan.threads), attend_pieces, &plan);
     // no piece is left unless every thread went without memory
     return plan.next_piece < plan.pieces ? NO_MEMORY : DONE;

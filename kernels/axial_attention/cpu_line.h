@@ -157,9 +157,12 @@ inline void attend_gathered(const Task& task, const Place* places, int64_t heads
 // All queries of `count` heads, of one box or of several.
 inline void attend(const Task& task, const Place* places, int64_t count, const LineScratch& scratch) {
     if (task.m > 0 && 2 * task.m <= LANES) return attend_short(task, places, count, scratch);
-    for (int64_t i = 0; task.together > 1 && i < count; i += task.together)
-        attend_gathered(task, places + i, count - i < task.together ? count - i : task.together, scratch);
-    for (int64_t i = 0; task.together == 1 && i < count; ++i)
+    if (task.together > 1) {
+        for (int64_t i = 0; i < count; i += task.together)
+            attend_gathered(task, places + i, count - i < task.together ? count - i : task.together, scratch);
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i)
         for (int64_t first = 0; first < task.n; first += MOST_QUERIES)
             attend_block(task, places[i], first, first + MOST_QUERIES < task.n ? first + MOST_QUERIES : task.n, scratch,
                          i + 1 < count ? places + i + 1 : nullptr);
