@@ -136,9 +136,7 @@ def axial_attention(
     Raises:  ValueError if shapes, dtypes or devices disagree or the grid has a remainder.
     Source:  Ho et al. 2019, arXiv:1912.12180, for the axes; Weissenborn et al. 2020, arXiv:1906.02634, for the blocks.
     """
-    if mask not in MASKS:
-        known = ", ".join(map(repr, MASKS))
-        raise ValueError(f"axial_attention: `mask` must be one of {known}, got {mask!r}.")
+    _check_mask("axial_attention", mask)
     q, k, v = autocast(q, k, v)
     queries, keys = _check_shapes(q, k, v)
     box = _settled_box(tuple(queries.shape[1:4]), axis, box)
@@ -149,6 +147,19 @@ def axial_attention(
         raise ValueError(f"axial_attention: one dtype and one device are wanted, got {told}; convert with .to().")
     keep = keep or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
     return q, k, v, bias, box, mask, int(q.shape[-1]) ** -0.5 if scale is None else float(scale), keep
+
+
+def _check_mask(name: str, mask: str) -> None:
+    if mask not in MASKS:
+        known = ", ".join(map(repr, MASKS))
+        raise ValueError(f"{name}: `mask` must be one of {known}, got {mask!r}.")
+
+
+def _check_whole(name: str, grid: Box, box: list[int]) -> None:
+    """The queries' grid divides into boxes."""
+    if any(b < 1 or extent % b for extent, b in zip(grid, box, strict=True)):
+        told = f"the grid {grid} must divide into boxes {tuple(box)}; crop or pad it, or choose others"
+        raise ValueError(f"{name}: {told}.")
 
 
 def _check_shapes(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,10 +198,7 @@ def _settled_box(grid: Box, axis: int | None, box: int | Sequence[int] | None) -
 
 def _check_boxes(q: Tensor, k: Tensor, box: list[int], bias: Tensor | None) -> None:
     grid, key_grid = tuple(q.shape[1:4]), tuple(k.shape[1:4])
-    if any(b < 1 or extent % b for extent, b in zip(grid, box, strict=True)):
-        raise ValueError(
-            f"axial_attention: the grid {grid} must divide into boxes {tuple(box)}; crop or pad it, or choose others."
-        )
+    _check_whole("axial_attention", grid, box)
     cells = reference.cells_of(grid, box)
     if any(extent < 1 or extent % count for extent, count in zip(key_grid, cells, strict=True)):
         raise ValueError(f"axial_attention: the keys' grid {key_grid} must divide into {cells} boxes, as the queries'.")
@@ -253,9 +261,7 @@ def axial_self_attention(
     Raises:      ValueError if shapes, dtypes or devices disagree; UsageError where a gradient would be wanted.
     Source:      Ho et al. 2019, arXiv:1912.12180, section 3.
     """
-    if mask not in MASKS:
-        known = ", ".join(map(repr, MASKS))
-        raise ValueError(f"axial_self_attention: `mask` must be one of {known}, got {mask!r}.")
+    _check_mask("axial_self_attention", mask)
     if x.ndim != 5 or not x.is_floating_point() or not projections or len(projections) != len(axes):
         raise ValueError(
             f"axial_self_attention: wanted a floating `x` [B, T, H, W, C] and an axis for each of the projections, got "
@@ -274,8 +280,7 @@ def axial_self_attention(
     for four, axis in zip(projections, axes, strict=True):
         _check_projections(x, four, heads, bias)
         boxes += _settled_box(grid, axis, None) if isinstance(axis, int) else _settled_box(grid, None, axis)
-        if any(b < 1 or extent % b for extent, b in zip(grid, boxes[-3:], strict=True)):
-            raise ValueError(f"axial_self_attention: the grid {grid} must divide into boxes {tuple(boxes[-3:])}.")
+        _check_whole("axial_self_attention", grid, boxes[-3:])
         scales.append((int(four[0].shape[0]) // heads) ** -0.5 if scale is None else float(scale))
     return x, weights, bias, boxes, heads, mask, scales
 
