@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Every Python file of the package and the rooms stands on one step (the first that fits), and may import only the
 # parts of fastvid and the third-party packages named there. The standard library is free to all.
-LOWER = "errors ops nn sampling checkpoint models metrics data"
+LOWER = "errors ops nn sampling checkpoint models metrics weights data"
 STAIRCASE = [
     # files                     parts of fastvid                                   third-party packages
     ("fastvid/errors.py",       "",                                                ""),
@@ -36,18 +36,19 @@ STAIRCASE = [
     ("fastvid/sampling/*",     "sampling nn ops errors",                          "torch"),
     ("fastvid/checkpoint.py",   "errors",                                          "torch safetensors"),
     ("fastvid/models/*",        "models nn ops sampling checkpoint errors",        "torch"),
+    ("fastvid/weights*",        "weights metrics errors",                          "torch numpy safetensors"),
     ("fastvid/metrics/*",       "metrics errors",                                  "torch"),
     ("fastvid/data/*",          "data errors",                                     "torch numpy av tqdm"),
     ("fastvid/train/*",         f"train {LOWER}",                                  "torch numpy safetensors tqdm"),
     ("fastvid/doctor.py",       "laws ops models _native",                         "torch"),
     ("fastvid/selftest.py",     "laws ops",                                        ""),
     ("fastvid/predict.py",      f"train {LOWER}",                                  "torch numpy tqdm"),
-    ("fastvid/evaluate.py",     f"train {LOWER}",                                  "torch numpy tqdm"),
+    ("fastvid/evaluate*",       f"evaluate train {LOWER}",                         "torch numpy safetensors tqdm"),
     ("fastvid/cli*",            f"cli predict evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
     ("fastvid/__main__.py",     "cli",                                             ""),
 ]  # fmt: skip
 # Optional packages, by the part that may import them; inside functions only, so that lacking one hurts nobody else.
-OPTIONAL = {"fastvid/data/": "pybullet pybullet_data pybullet_utils sklearn", "fastvid/train/": "tensorboard"}
+OPTIONAL = {"fastvid/data/": "pybullet pybullet_data pybullet_utils sklearn h5py", "fastvid/train/": "tensorboard"}
 
 LONG_FILES: dict[str, str] = {}  # path -> why it is longer than 400 lines
 

@@ -41,7 +41,7 @@ def test_the_version_is_one():
     assert PROJECT["version"] == __version__
 
 
-@pytest.mark.parametrize("extra", ["", "test", "bench", "train"])
+@pytest.mark.parametrize("extra", ["", "test", "data", "bench", "train"])
 def test_every_direct_dependency_is_pinned(extra):
     direct = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     assert {name_of(requirement) for requirement in direct} <= pinned()

@@ -116,8 +116,10 @@ PRESETS = {
         embed=16, branch=32, window_layers=2, inner=32, blocks=4,
     ),
     "push64": BottomPriorConfig(
-        GatedStackConfig(channels=96, layers=10, kernel=3, time_kernel=1, condition_channels=96, heads=4),
-        embed=32, branch=64, window_layers=2, inner=64, blocks=6,
+        GatedStackConfig(
+            channels=64, layers=8, kernel=3, time_kernel=1, condition_channels=64, attention_every=4, heads=4
+        ),
+        embed=32, branch=32, window_layers=2, inner=32, blocks=4,
     ),
     "tiny": BottomPriorConfig(
         GatedStackConfig(

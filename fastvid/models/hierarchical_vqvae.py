@@ -159,6 +159,8 @@ PRESETS = {
         hidden=64, residual=24, code_width=16, decay=0.97, dead_below=0.2, reconstruction_variance=0.02,
         mask_probability=0.1,
     ),
-    "push64": VQVAEConfig(hidden=96, code_width=32, reconstruction_variance=0.05, mask_probability=0.1),
+    "push64": VQVAEConfig(
+        hidden=64, code_width=32, decay=0.97, dead_below=0.2, reconstruction_variance=0.02, mask_probability=0.1
+    ),
     "tiny": VQVAEConfig(hidden=16, residual=8, blocks=1, codes=32, code_width=8, dead_below=0.01),
 }

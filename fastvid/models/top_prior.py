@@ -87,8 +87,8 @@ PRESETS = {
         embed=16, squeeze=32, inner=32, blocks=2,
     ),
     "push64": TopPriorConfig(
-        GatedStackConfig(channels=96, layers=10, condition_channels=96, heads=4, dropout=0.1),
-        embed=32, squeeze=96, inner=48, blocks=3,
+        GatedStackConfig(channels=64, layers=8, condition_channels=64, attention_every=4, heads=4, dropout=0.1),
+        embed=32, squeeze=64, inner=32, blocks=2,
     ),
     "tiny": TopPriorConfig(
         GatedStackConfig(codes=32, channels=16, layers=2, condition_channels=16, attention_every=2, heads=2),
