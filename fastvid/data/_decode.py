@@ -1,5 +1,6 @@
 """Decoding with PyAV: safe opening, whole and upright frames in order of presentation, one VideoError for the rest."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,14 +39,32 @@ def opened(path: str | Path) -> Iterator[tuple]:
             raise VideoError(f"{path}: the file is empty (0 bytes).")
         # an absolute path, since FFmpeg takes "12:30.mp4" for a protocol
         with av.open(os.path.abspath(path), options=_SAFE, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            if not streams:
-                raise VideoError(f"{path}: no video stream in this file.")
-            yield container, streams[0]
+            yield container, _first_stream(path, container)
     except VideoError:
         raise
     except BROKEN as error:
         raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
+
+
+@contextmanager
+def opened_bytes(data: bytes, name: str) -> Iterator[tuple]:
+    """Like `opened`, for a file that is in memory already; `name` stands for it in messages."""
+    try:
+        if not data:
+            raise VideoError(f"{name}: the file is empty (0 bytes).")
+        with av.open(io.BytesIO(data), options=_SAFE, metadata_errors="replace") as container:
+            yield container, _first_stream(name, container)
+    except VideoError:
+        raise
+    except BROKEN as error:
+        raise VideoError(f"{name}: cannot be read as video: {reason_of(error)}.") from error
+
+
+def _first_stream(path: str | Path, container):
+    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        raise VideoError(f"{path}: no video stream in this file.")
+    return streams[0]
 
 
 def frames_of(path: str | Path, container, stream, threads: int = 0) -> Iterator[av.VideoFrame]:

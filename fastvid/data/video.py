@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvid.data._decode import BROKEN, first_picture, frames_of, opened, picture, promised_frames, rate_of, reason_of
+from fastvid.data._decode import (
+    BROKEN,
+    first_picture,
+    frames_of,
+    opened,
+    opened_bytes,
+    picture,
+    promised_frames,
+    rate_of,
+    reason_of,
+)
 from fastvid.data._encode import Encoder
 from fastvid.errors import VideoError
 
@@ -113,6 +123,18 @@ def read_image(path: str | Path) -> Tensor:
     """
     with opened(path) as (container, stream):
         return first_picture(path, container, stream)
+
+
+def image_from_bytes(data: bytes, name: str) -> Tensor:
+    """Decode one still image that is in memory, such as a member of an archive; as `read_image` otherwise.
+
+    data:    the content of an image file.
+    name:    what messages call it.
+    Returns: uint8 [H, W, 3] in 0..255, RGB.
+    Raises:  VideoError if it is no image.
+    """
+    with opened_bytes(data, name) as (container, stream):
+        return first_picture(name, container, stream)
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool = False) -> None:
