@@ -33,13 +33,17 @@ Skipped = list[tuple[str, str]]
 
 
 class Layout(NamedTuple):
-    """Names and frames of clips, `load(clip, start, frames, size)`, what was found in words, and what was skipped."""
+    """Names and frames of clips, `load(clip, start, frames, size)`, what was found in words, and what was skipped.
+
+    labels: the class of each clip, where the data set says it.
+    """
 
     names: list[str]
     lengths: list[int]
     load: Callable[[int, int, int, Size | None], Tensor]
     found: str
     skipped: Skipped
+    labels: list[str] | None = None
 
 
 def natural_key(path: str | Path) -> list:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos, natural_key
+from fastvid.data.formats import FOLDER, check_options, open_known, parse_spec
 from fastvid.errors import DataError, VideoError
 
 __all__ = ["GENERATORS", "ClipWindows", "Clips", "natural_key", "open_clips"]
@@ -24,10 +25,12 @@ class Clips:
     names:   one a clip, relative to the data set's folder.
     lengths: frames of each clip.
     skipped: (name, reason) of each file that looked like a clip and could not be used.
+    labels:  the class of each clip, or None where the data set has no classes.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.names, self.lengths, self.skipped = layout.names, layout.lengths, layout.skipped
+        self.labels = layout.labels
         self._layout = layout
 
     def __len__(self) -> int:
@@ -71,34 +74,59 @@ def open_clips(
 ) -> Clips:
     """Open a data set, sniffing what `spec` means.
 
-    spec:    a video file; a folder of videos, at any depth; a folder of folders of frames (png, jpg, bmp, webp, in
+    spec:    a data set as it is published (BAIR, Kinetics, UCF-101, Moving MNIST, ...: `fastvid.data.formats`); a
+             video file; a folder of videos, at any depth; a folder of folders of frames (png, jpg, bmp, webp, in
              natural order); either with train/ and test/ below; or the name of a generator: digits, push, dino
-             (write ./push for a folder of that name).
-    split:   "train" or "test": the subfolder, or the generator's range of seeds; None means train where there are
-             splits. A path without train/ and test/ holds no splits and gives all its clips.
+             (write ./push for a folder of that name). Options of a format follow a question mark:
+             "kinetics?csv=val.csv&split=val"; format=NAME takes a format by name, format=folder none.
+    split:   "train" or "test": the split of that meaning, whatever the data set calls it, or the generator's range
+             of seeds; None means train where there are splits. A split in the spec, in the set's own words, goes
+             before it. A data set that is not divided gives all its clips.
     frames, size: length and (H, W) in pixels of clips that a generator makes; files keep their own.
     Returns: Clips; unreadable files are left out and named in `.skipped`.
-    Raises:  DataError if there is nothing at `spec`, or no usable clip in it.
+    Raises:  DataError if there is nothing at `spec`, no usable clip in it, or an option that nobody knows.
     """
     if split not in (None, "train", "test"):
         raise DataError(f"split must be train, test or None, got '{split}'.")
-    if str(spec) in GENERATORS:
-        return Clips(from_generator(str(spec), split or "train", frames, size))
-    root = Path(spec)
+    place, options = parse_spec(spec)
+    split = options.get("split", split)
+    if place in GENERATORS:
+        return Clips(_generated(place, split or "train", options, frames, size))
+    root = Path(place)
+    if not root.exists():
+        raise DataError(f"{place}: no such file or folder, nor a generator ({', '.join(GENERATORS)}).")
+    layout = open_known(root, split, options)
+    if layout is None:
+        check_options(f"{root} (of no known format)", options, {})
+        layout = _plain(root, split)
+    return Clips(layout)
+
+
+def _generated(kind: str, split: str, options: dict[str, str], frames: int, size: Size) -> Layout:
+    check_options(f"generator {kind}", options, {})
+    if "format" in options or split not in ("train", "test"):
+        raise DataError(f"generator {kind}: has the splits train and test and no format, got {options}.")
+    return from_generator(kind, split, frames, size)
+
+
+def _plain(root: Path, split: str | None) -> Layout:
+    """A video file or a folder that is of no known format."""
     if root.is_file():
-        return Clips(from_videos(root.parent, [root], f"video file {root}", []))
+        return from_videos(root.parent, [root], f"video file {root}", [])
     if not root.is_dir():
-        raise DataError(f"{spec}: no such file or folder, nor a generator ({', '.join(GENERATORS)}).")
-    found = f"folder {root}"
-    splits = [name for name in ("train", "test") if (root / name).is_dir()]
+        raise DataError(f"{root}: is neither a file nor a folder.")
+    found = f"{FOLDER} {root}"
+    if split and split not in ("train", "test") and not (root / split).is_dir():
+        raise DataError(f"{root}: no folder {split}/ below it for split={split}.")
+    splits = [name for name in dict.fromkeys(("train", "test", split)) if name and (root / name).is_dir()]
     if splits:
         split = split or splits[0]
         if split not in splits:
             raise DataError(f"{root}: has {splits[0]}/ but no {split}/ folder.")
-        root, found = root / split, f"folder {root}, split {split}"
+        root, found = root / split, f"{FOLDER} {root}, split {split}"
     elif split:
         found += f" (no train/ and test/ below, so all clips count as {split})"
-    return Clips(from_folder(root, found))
+    return from_folder(root, found)
 
 
 class ClipWindows:
