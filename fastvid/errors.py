@@ -21,5 +21,9 @@ class CheckpointError(FastvidError):
     """A model or training folder that is missing, damaged or of another kind."""
 
 
+class WeightsError(FastvidError):
+    """Published weights that are missing, damaged, not recognised or refused."""
+
+
 class BackendError(FastvidError, NotImplementedError):
     """No backend that was asked for serves an op's arguments; says why each does not."""

@@ -10,9 +10,10 @@ from fastvid.metrics.codes import (
     unigram,
 )
 from fastvid.metrics.interval import bootstrap_interval
+from fastvid.metrics.lpips import LPIPS
 from fastvid.metrics.pixel import psnr, ssim
 
 __all__ = [
-    "ContextFreeBits", "CopyBits", "bits_per_code", "bootstrap_interval", "code_perplexity", "context_free_bits",
-    "copy_bits", "psnr", "ssim", "unigram",
+    "LPIPS", "ContextFreeBits", "CopyBits", "bits_per_code", "bootstrap_interval", "code_perplexity",
+    "context_free_bits", "copy_bits", "psnr", "ssim", "unigram",
 ]

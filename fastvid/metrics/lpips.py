@@ -1,0 +1,166 @@
+"""LPIPS: the distance of two images in the features of a network that was trained to recognise objects."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-10  # added to the length of a feature vector
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # version 0.1 brings [-1, 1] to what the trunks expect
+_PIXELS_AT_ONCE = 1 << 17  # of each of the two images: bounds the feature maps that are held
+
+
+class _Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 1
+    pool: int = 0  # side of the max pool of stride 2 before it, 0 for none
+    tap: bool = True  # whether its output, after the ReLU, is compared
+
+
+class _Net(NamedTuple):
+    prefix: str
+    least: int  # side of the smallest image that leaves a value at the last tap
+    convs: tuple[_Conv, ...]
+
+
+def _vgg_stage(channels: int, convs: int, pool: int = 2) -> tuple[_Conv, ...]:
+    return tuple(_Conv(channels, 3, pool=0 if i else pool, tap=i == convs - 1) for i in range(convs))
+
+
+NETS = {
+    "alex": _Net("AlexNet_0", 31, (
+        _Conv(64, 11, stride=4, padding=2), _Conv(192, 5, padding=2, pool=3), _Conv(384, 3, pool=3), _Conv(256, 3),
+        _Conv(256, 3),
+    )),
+    "vgg": _Net("VGG16_0", 16, (
+        *_vgg_stage(64, 2, pool=0), *_vgg_stage(128, 2), *_vgg_stage(256, 3), *_vgg_stage(512, 3), *_vgg_stage(512, 3),
+    )),
+}  # fmt: skip
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance of frames, version 0.1, without dropout: 0 for equal ones.
+
+    net:     "alex" (the usual one for reports) or "vgg". Weights are random until `from_tensors`; they are buffers,
+             so nothing here is trained, but gradients reach the frames.
+    spatial: each layer's map is brought to the frames' size (bilinear, half-pixel centres) before its mean is taken;
+             else the mean is over the map as it is.
+    Raises:  ValueError for another net.
+    Source:  Zhang, Isola, Efros, Shechtman, Wang 2018, arXiv:1801.03924; the trunks are torchvision's AlexNet, VGG16.
+    """
+
+    def __init__(self, net: str = "alex", spatial: bool = False):
+        super().__init__()
+        if net not in NETS:
+            raise ValueError(f"LPIPS: `net` must be one of {', '.join(NETS)}, got {net!r}.")
+        self.net, self.spatial = net, spatial
+        for name, shape in tensor_shapes(net).items():
+            fan_in = shape[:-1].numel()
+            values = torch.zeros(shape) if len(shape) == 1 else torch.randn(shape) * (2 / fan_in) ** 0.5
+            self._keep(name, values.abs() if name.startswith("NetLinLayer") else values)
+
+    @classmethod
+    def from_tensors(cls, net: str, tensors: dict[str, Tensor], spatial: bool = False) -> "LPIPS":
+        """The metric with published weights, as `fastvid.weights.load_weights` gives them.
+
+        net:     "alex" or "vgg". tensors: exactly the names and shapes of `tensor_shapes(net)`, floating.
+        spatial: as in the constructor.
+        Returns: LPIPS in evaluation mode.
+        Raises:  ValueError naming the first tensor that is missing, of another shape or too many.
+        """
+        module = cls(net, spatial)
+        wanted = tensor_shapes(net)
+        for name in sorted(wanted.keys() | tensors.keys()):
+            shape = list(tensors[name].shape) if name in tensors else "nothing"
+            if name not in wanted or shape != list(wanted[name]):
+                raise ValueError(
+                    f"LPIPS: {net} wants {list(wanted[name]) if name in wanted else 'nothing'} as {name}, got {shape}; "
+                    f"pass the tensors of load_weights('lpips_{net}')."
+                )
+            module._keep(name, tensors[name].detach())
+        return module.eval()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of each pair of frames.
+
+        a, b:    [..., 3, H, W], floating, the same shape, values in [0, 1]; H and W at least 31 (alex) or 16 (vgg).
+        Returns: [...] float32, from 0 on.
+        Raises:  ValueError for other dtypes, shapes that differ, or frames that are too small.
+        """
+        _check(self.net, a, b)
+        frames = a.shape[-3:]
+        at_once = max(1, _PIXELS_AT_ONCE // (frames[1] * frames[2]))
+        pairs = zip(a.reshape(-1, *frames).split(at_once), b.reshape(-1, *frames).split(at_once), strict=True)
+        return torch.cat([self._distance(x.float(), y.float()) for x, y in pairs]).reshape(a.shape[:-3])
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """[n, 3, H, W] float32, twice -> [n]."""
+        total = a.new_zeros(len(a))
+        for layer, features in enumerate(self._features(torch.cat([a, b]))):
+            unit = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS)
+            x, y = unit.chunk(2)  # [n, C, h, w]
+            head = self.get_buffer(_key(f"NetLinLayer_{layer}|Conv_0|kernel"))
+            distances = F.conv2d((x - y).square(), head)  # [n, 1, h, w]
+            if self.spatial:
+                distances = F.interpolate(distances, a.shape[-2:], mode="bilinear", align_corners=False)
+            total = total + distances.mean(dim=(1, 2, 3))
+        return total
+
+    def _features(self, frames: Tensor) -> Iterator[Tensor]:
+        shift, scale = (frames.new_tensor(values).view(1, 3, 1, 1) for values in (SHIFT, SCALE))
+        x = (2 * frames - 1 - shift) / scale
+        prefix, _, convs = NETS[self.net]
+        for i, conv in enumerate(convs):
+            if conv.pool:
+                x = F.max_pool2d(x, conv.pool, 2)
+            kernel, bias = (self.get_buffer(_key(f"{prefix}|Conv_{i}|{part}")) for part in ("kernel", "bias"))
+            x = F.relu(F.conv2d(x, kernel, bias, conv.stride, conv.padding))
+            if conv.tap:
+                yield x
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        if values.ndim == 4:
+            values = values.permute(3, 2, 0, 1)  # [kh, kw, in, out] -> [out, in, kh, kw]
+        self.register_buffer(_key(name), values.float().contiguous(), persistent=False)
+
+
+def tensor_shapes(net: str) -> dict[str, torch.Size]:
+    """Names and shapes of a net's tensors as `fastvid.weights` keeps them; kernels are [kh, kw, in, out].
+
+    net:     "alex" or "vgg".
+    Returns: shapes by name: of trunk (kernel and bias of each convolution) and heads (one 1x1 kernel per tap).
+    Raises:  KeyError for another net.
+    """
+    prefix, _, convs = NETS[net]
+    shapes, channels = {}, 3
+    for i, conv in enumerate(convs):
+        shapes[f"{prefix}|Conv_{i}|kernel"] = torch.Size([conv.kernel, conv.kernel, channels, conv.channels])
+        shapes[f"{prefix}|Conv_{i}|bias"] = torch.Size([conv.channels])
+        channels = conv.channels
+    taps = [conv.channels for conv in convs if conv.tap]
+    return shapes | {f"NetLinLayer_{i}|Conv_0|kernel": torch.Size([1, 1, C, 1]) for i, C in enumerate(taps)}
+
+
+def _key(name: str) -> str:
+    """A buffer's name has no dots, and bars read badly in one."""
+    return name.replace("|", "_")
+
+
+def _check(net: str, a: Tensor, b: Tensor) -> None:
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise ValueError(f"LPIPS: `a` and `b` must be floating, in [0, 1], got {a.dtype} and {b.dtype}.")
+    if a.shape != b.shape or a.ndim < 3 or a.shape[-3] != 3 or a.numel() == 0:
+        raise ValueError(
+            f"LPIPS: `a` and `b` must both be [..., 3, H, W] with pixels in them, got {list(a.shape)} and "
+            f"{list(b.shape)}."
+        )
+    least = NETS[net].least
+    if min(a.shape[-2:]) < least:
+        raise ValueError(
+            f"LPIPS: frames for {net} must be at least {least}x{least}, got {a.shape[-2]}x{a.shape[-1]}; use ssim or "
+            f"psnr for smaller ones."
+        )

@@ -1,0 +1,94 @@
+"""The weights folder: reading a network back, checked, and writing one whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastvid.errors import WeightsError
+from fastvid.weights.kinds import KINDS, fingerprint, weights_folder
+
+
+class Weights(NamedTuple):
+    """A network's tensors. metric: what they may be used for, in words."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    fingerprint: str
+    metric: str
+
+
+def load_weights(kind: str) -> Weights:
+    """A network from the weights folder, checked against its fingerprint.
+
+    kind:    of `KINDS`.
+    Returns: Weights, tensors float32 on the CPU under their canonical names.
+    Raises:  WeightsError if it is unknown, missing (with the commands that get it), unreadable, damaged or another one.
+    """
+    if kind not in KINDS:
+        raise WeightsError(f"weights: wanted one of {', '.join(KINDS)}, got {kind!r}.")
+    path = weights_folder() / KINDS[kind].file
+    if not path.is_file():
+        raise WeightsError(
+            f"{KINDS[kind].metric} needs {path}, which is missing; get it once: {' && '.join(KINDS[kind].commands)}"
+        )
+    tensors, noted = read_safetensors(path)
+    found, wanted = fingerprint(tensors), KINDS[kind].fingerprint or noted.get("fingerprint")
+    if found != wanted:
+        raise WeightsError(
+            f"{path} is damaged or holds other tensors: wanted fingerprint {(wanted or 'none noted')[:12]}, got "
+            f"{found[:12]}; delete it and get it again: {' && '.join(KINDS[kind].commands)}"
+        )
+    return Weights(kind, tensors, found, KINDS[kind].metric)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and notes of a safetensors file; names must be joined by bars, values float32 and finite.
+
+    path:    a regular file.
+    Returns: (tensors by name, metadata).
+    Raises:  WeightsError if it cannot be read as that.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} cannot be read as safetensors ({reason}); get it again.") from error
+    return tensors, notes
+
+
+def save_weights(kind: str, tensors: dict[str, Tensor], source: str) -> Path:
+    """Keep a network in the weights folder; a kill at any moment leaves the old file or the new one.
+
+    kind:    of `KINDS`. tensors: float32 by canonical name. source: the file that they came from, noted in it.
+    Returns: the file.
+    Raises:  WeightsError if the disk refuses.
+    """
+    path = weights_folder() / KINDS[kind].file
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    notes = {"kind": kind, "fingerprint": fingerprint(tensors), "source": source}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: values.contiguous() for name, values in tensors.items()}, partial, notes)
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be written: {error}; make room, or name another place by "
+                           f"FASTVID_WEIGHTS.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
