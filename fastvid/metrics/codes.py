@@ -27,6 +27,19 @@ class CopyBits(NamedTuple):
     error_rate: float
 
 
+class CodebookUsage(NamedTuple):
+    """How a codebook of K entries is used.
+
+    used: entries that occur. perplexity: 2 to the entropy of their frequencies, in [1, K]. top_share: the part of all
+    codes that the most frequent entry has, in (0, 1]. dead: entries that never occur, in order.
+    """
+
+    used: int
+    perplexity: float
+    top_share: float
+    dead: list[int]
+
+
 def bits_per_code(logits: Tensor, codes: Tensor) -> Tensor:
     """Mean cost of codes under a prior's logits.
 
@@ -43,6 +56,22 @@ def bits_per_code(logits: Tensor, codes: Tensor) -> Tensor:
     # float32: a K-way sum of probabilities in half precision would bias the mean
     nats = F.cross_entropy(logits.float().reshape(-1, K), codes.reshape(-1), reduction="none")
     return nats.double().view(codes.shape[0], -1).mean(dim=1) / math.log(2)
+
+
+def bits_per_dim(bits: Tensor | float, codes: int, dims: int) -> Tensor | float:
+    """Cost of all codes of a window, spread over its pixel values; add up the levels of a hierarchy.
+
+    It is what the codes cost under their prior, not a bound on the pixels: the decoder does not give them back exactly,
+    and what it leaves out is not counted. So it says nothing beside the bits per dimension of a likelihood model.
+
+    bits:    bits per code, any shape, from 0 on. codes: how many codes of this level a window has.
+    dims:    how many values its pixels have: T x H x W x 3 of the frames that the codes stand for.
+    Returns: bits * codes / dims, of the shape of `bits`.
+    Raises:  ValueError for counts below 1.
+    """
+    if codes < 1 or dims < 1:
+        raise ValueError(f"bits_per_dim: `codes` and `dims` must be at least 1, got {codes} and {dims}.")
+    return bits * (codes / dims)
 
 
 def unigram(codes: Tensor, K: int) -> Tensor:
@@ -66,6 +95,18 @@ def code_perplexity(codes: Tensor, K: int) -> tuple[float, int]:
     """
     counts = _counts("code_perplexity", codes, K)
     return 2 ** _entropy(counts), int((counts > 0).sum())
+
+
+def codebook_usage(codes: Tensor, K: int) -> CodebookUsage:
+    """Which of the K entries occur, and how evenly.
+
+    codes:   int64, any shape, at least one, in [0, K).
+    Returns: CodebookUsage.
+    Raises:  ValueError for no codes or a code outside [0, K).
+    """
+    counts = _counts("codebook_usage", codes, K)
+    dead = (counts == 0).nonzero().flatten().tolist()
+    return CodebookUsage(K - len(dead), 2 ** _entropy(counts), float(counts.max() / counts.sum()), dead)
 
 
 def context_free_bits(train_codes: Tensor, test_codes: Tensor, K: int) -> ContextFreeBits:

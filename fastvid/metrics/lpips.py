@@ -45,23 +45,24 @@ NETS = {
 class LPIPS(nn.Module):
     """Perceptual distance of frames, version 0.1, without dropout: 0 for equal ones.
 
-    net:     "alex" (the usual one for reports) or "vgg". Weights are random until `from_tensors`; they are buffers,
-             so nothing here is trained, but gradients reach the frames.
+    net:     "alex" (the usual one for reports) or "vgg".
     spatial: each layer's map is brought to the frames' size (bilinear, half-pixel centres) before its mean is taken;
              else the mean is over the map as it is.
-    Raises:  ValueError for another net.
+    tensors: as for `from_tensors`; None draws random ones, for tests. They are buffers: nothing here is trained, but
+             gradients reach the frames.
+    Raises:  ValueError for another net or other tensors.
     Source:  Zhang, Isola, Efros, Shechtman, Wang 2018, arXiv:1801.03924; the trunks are torchvision's AlexNet, VGG16.
     """
 
-    def __init__(self, net: str = "alex", spatial: bool = False):
+    def __init__(self, net: str = "alex", spatial: bool = False, tensors: dict[str, Tensor] | None = None):
         super().__init__()
         if net not in NETS:
             raise ValueError(f"LPIPS: `net` must be one of {', '.join(NETS)}, got {net!r}.")
         self.net, self.spatial = net, spatial
-        for name, shape in tensor_shapes(net).items():
-            fan_in = shape[:-1].numel()
-            values = torch.zeros(shape) if len(shape) == 1 else torch.randn(shape) * (2 / fan_in) ** 0.5
-            self._keep(name, values.abs() if name.startswith("NetLinLayer") else values)
+        for name, values in (_random_tensors(net) if tensors is None else _checked(net, tensors)).items():
+            if values.ndim == 4:
+                values = values.permute(3, 2, 0, 1)  # [kh, kw, in, out] -> [out, in, kh, kw]
+            self.register_buffer(_key(name), values.detach().float().contiguous(), persistent=False)
 
     @classmethod
     def from_tensors(cls, net: str, tensors: dict[str, Tensor], spatial: bool = False) -> "LPIPS":
@@ -72,17 +73,7 @@ class LPIPS(nn.Module):
         Returns: LPIPS in evaluation mode.
         Raises:  ValueError naming the first tensor that is missing, of another shape or too many.
         """
-        module = cls(net, spatial)
-        wanted = tensor_shapes(net)
-        for name in sorted(wanted.keys() | tensors.keys()):
-            shape = list(tensors[name].shape) if name in tensors else "nothing"
-            if name not in wanted or shape != list(wanted[name]):
-                raise ValueError(
-                    f"LPIPS: {net} wants {list(wanted[name]) if name in wanted else 'nothing'} as {name}, got {shape}; "
-                    f"pass the tensors of load_weights('lpips_{net}')."
-                )
-            module._keep(name, tensors[name].detach())
-        return module.eval()
+        return cls(net, spatial, tensors).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance of each pair of frames.
@@ -122,11 +113,6 @@ class LPIPS(nn.Module):
             if conv.tap:
                 yield x
 
-    def _keep(self, name: str, values: Tensor) -> None:
-        if values.ndim == 4:
-            values = values.permute(3, 2, 0, 1)  # [kh, kw, in, out] -> [out, in, kh, kw]
-        self.register_buffer(_key(name), values.float().contiguous(), persistent=False)
-
 
 def tensor_shapes(net: str) -> dict[str, torch.Size]:
     """Names and shapes of a net's tensors as `fastvid.weights` keeps them; kernels are [kh, kw, in, out].
@@ -143,6 +129,26 @@ def tensor_shapes(net: str) -> dict[str, torch.Size]:
         channels = conv.channels
     taps = [conv.channels for conv in convs if conv.tap]
     return shapes | {f"NetLinLayer_{i}|Conv_0|kernel": torch.Size([1, 1, C, 1]) for i, C in enumerate(taps)}
+
+
+def _random_tensors(net: str) -> dict[str, Tensor]:
+    made = {}
+    for name, shape in tensor_shapes(net).items():
+        values = torch.zeros(shape) if len(shape) == 1 else torch.randn(shape) * (2 / shape[:-1].numel()) ** 0.5
+        made[name] = values.abs() if name.startswith("NetLinLayer") else values
+    return made
+
+
+def _checked(net: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    wanted = tensor_shapes(net)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        shape = list(tensors[name].shape) if name in tensors else "nothing"
+        if name not in wanted or shape != list(wanted[name]):
+            raise ValueError(
+                f"LPIPS: {net} wants {list(wanted[name]) if name in wanted else 'nothing'} as {name}, got {shape}; "
+                f"pass the tensors of load_weights('lpips_{net}')."
+            )
+    return tensors
 
 
 def _key(name: str) -> str:

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from fastvid.metrics import bits_per_code, code_perplexity, context_free_bits, copy_bits, unigram
+from fastvid.metrics import (
+    bits_per_code,
+    bits_per_dim,
+    code_perplexity,
+    codebook_usage,
+    context_free_bits,
+    copy_bits,
+    unigram,
+)
 
 
 def _codes(*values):
@@ -92,3 +100,30 @@ def test_copy_of_a_still_scene_costs_almost_nothing():
 def test_wrong_codes_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_bits_per_dim_by_hand():
+    # two levels of a 64x64 window of 16 frames: 8 x 8 x 8 and 16 x 16 x 16 codes
+    dims = 16 * 64 * 64 * 3
+    assert bits_per_dim(6.0, 512, dims) + bits_per_dim(3.0, 4096, dims) == pytest.approx((3072 + 12288) / 196608)
+    assert torch.equal(bits_per_dim(torch.tensor([2.0, 4.0]), 10, 80), torch.tensor([0.25, 0.5]))
+    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+        bits_per_dim(1.0, 0, 5)
+
+
+def test_usage_by_hand():
+    used, perplexity, top_share, dead = codebook_usage(_codes([1, 1, 1, 1], [5, 5, 3, 3]), 8)
+    assert (used, top_share, dead) == (3, 0.5, [0, 2, 4, 6, 7])
+    assert perplexity == pytest.approx(2**1.5)
+    assert (perplexity, used) == code_perplexity(_codes([1, 1, 1, 1], [5, 5, 3, 3]), 8)
+
+
+def test_usage_of_a_full_and_of_a_collapsed_codebook():
+    full = codebook_usage(torch.arange(64).repeat(3), 64)
+    assert full.used == 64 and full.dead == [] and full.perplexity == pytest.approx(64)
+    assert full.top_share == pytest.approx(1 / 64)
+    assert codebook_usage(_codes(2, 2, 2), 3) == (1, 1.0, 1.0, [0, 1])
+    with pytest.raises(ValueError, match="wanted at least one code"):
+        codebook_usage(_codes(), 3)
+    with pytest.raises(ValueError, match=r"int64 in \[0, 3\), got torch.int64 in \[0, 3\]"):
+        codebook_usage(_codes(0, 3), 3)
