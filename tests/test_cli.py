@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fastvid
-from fastvid.cli import TrainSettings, main
+from fastvid.cli import main
+from fastvid.cli.train import TrainSettings
 from fastvid.data.video import write_video
 from fastvid.errors import FastvidError
 from fastvid.models import VideoPredictor, build, preset

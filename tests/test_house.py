@@ -43,8 +43,8 @@ STAIRCASE = [
     ("fastvid/doctor.py",       "laws ops models _native",                         "torch"),
     ("fastvid/selftest.py",     "laws ops",                                        ""),
     ("fastvid/predict.py",      f"train {LOWER}",                                  "torch numpy tqdm"),
-    ("fastvid/evaluate*",       f"evaluate train {LOWER}",                         "torch numpy safetensors tqdm"),
-    ("fastvid/cli*",            f"cli predict evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
+    ("fastvid/evaluate/*",      f"evaluate train {LOWER}",                         "torch numpy safetensors tqdm"),
+    ("fastvid/cli/*",           f"cli predict evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
     ("fastvid/__main__.py",     "cli",                                             ""),
 ]  # fmt: skip
 # Optional packages, by the part that may import them; inside functions only, so that lacking one hurts nobody else.

@@ -61,11 +61,18 @@ class Ranks:
         if self.world == 1:
             return
         mine = {name: _digest(t) for name, t in tensors.items()}
-        everyone: list = [None] * self.world
-        distributed.all_gather_object(everyone, mine)
+        everyone = self.gather(mine)
         apart = sorted(name for name in mine if len({other[name] for other in everyone}) > 1)
         if apart:
             raise FastvidError(f"step {step}: the processes drifted apart in {', '.join(apart[:5])}; restart the run.")
+
+    def gather(self, mine: object) -> list:
+        """What every process holds, in the order of their ranks, on each of them; it is pickled on its way."""
+        if self.world == 1:
+            return [mine]
+        everyone: list = [None] * self.world
+        distributed.all_gather_object(everyone, mine)
+        return everyone
 
     def wait(self) -> None:
         """Let the slower processes catch up."""

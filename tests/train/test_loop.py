@@ -125,7 +125,7 @@ def test_options_are_checked(bad, words):
 
 
 def test_the_command_line_offers_the_same_options():
-    from fastvid.cli import TrainSettings
+    from fastvid.cli.train import TrainSettings
 
     def listed(cls):
         return {f.name: None if f.default is MISSING else f.default for f in fields(cls)}

@@ -1,0 +1,146 @@
+"""Commands that make a model: train and assemble."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg, subcommand
+
+
+# the names and defaults of fastvid.train.TrainOptions, which cannot be imported without torch
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long to train, and how."""
+
+    steps: int = 100_000
+    """Optimizer steps in all."""
+    batch_size: int = 16
+    """Clips per step, over all processes."""
+    learning_rate: float = 3e-4
+    warmup: int = 500
+    """Steps over which the learning rate rises."""
+    decay: Literal["cosine", "none"] = "cosine"
+    """What the learning rate does after that."""
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
+    ema_decay: float = 0.999
+    """Averaging of the weights."""
+    seed: int = 0
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    sample_every: int = 1000
+    """Steps between sample sheets, 0 for none."""
+    log_every: int = 50
+    """Steps between rows of log.csv."""
+    minutes: float | None = None
+    """Stop, with a checkpoint, after this much time."""
+    threads: int | None = None
+    """CPU threads."""
+
+
+@dataclass(frozen=True)
+class TrainVQVAE:
+    """The autoencoder, on 16-frame windows of clips."""
+
+    data: str
+    """A folder of clips (its train/ where it has one), or a generator: digits, push, dino."""
+    out: Path
+    """The run folder: log.csv, samples/, checkpoint/, model/."""
+    preset: str = "dino64"
+    """Sizes of the model: paper, dino64, push64, tiny; for priors also dino64-wavefront."""
+    resume: bool = False
+    """Go on from the run's checkpoint."""
+    size: int | None = None
+    """Height and width of the frames in pixels; by default the preset's."""
+    device: str | None = None
+    """By default the GPU, where there is one."""
+    settings: OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        from fastvid.train import train_vqvae
+
+        _say_trained(train_vqvae(self.data, self.preset, self.out, **self._rest()))
+
+    def _rest(self) -> dict:
+        return {"resume": self.resume, "size": self.size, "device": self.device, **asdict(self.settings)}
+
+
+@dataclass(frozen=True)
+class _TrainPrior(TrainVQVAE):
+    vqvae: Path = field(kw_only=True)
+    """The run folder of the trained autoencoder."""
+    every: int = 4
+    """Frames between two windows of a clip."""
+
+    def _rest(self) -> dict:
+        return {**super()._rest(), "every": self.every}
+
+
+@dataclass(frozen=True)
+class TrainTop(_TrainPrior):
+    """The prior over the coarse codes of a trained autoencoder."""
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        from fastvid.train import train_top
+
+        _say_trained(train_top(self.data, self.vqvae, self.preset, self.out, **self._rest()))
+
+
+@dataclass(frozen=True)
+class TrainBottom(_TrainPrior):
+    """The prior over the fine codes of a trained autoencoder."""
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        from fastvid.train import train_bottom
+
+        _say_trained(train_bottom(self.data, self.vqvae, self.preset, self.out, **self._rest()))
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the autoencoder, then the two priors on its codes."""
+
+    model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainTop, subcommand("top")] | Annotated[
+        TrainBottom, subcommand("bottom")
+    ]
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        self.model.run()
+
+
+@dataclass(frozen=True)
+class Assemble:
+    """Put a trained autoencoder and its two priors together into one model folder, for predict and evaluate."""
+
+    vqvae: Path
+    """The run folder of `fastvid train vqvae`."""
+    top: Path
+    """The run folder of `fastvid train top`."""
+    bottom: Path
+    """The run folder of `fastvid train bottom`."""
+    out: Annotated[Path, arg(aliases=["-o"])]
+    """The model folder to write."""
+    size: int = 64
+    """Height and width, in pixels, of the frames that they were trained on."""
+    half: bool = False
+    """Store the weights in half precision, in half the space; they are rounded once."""
+
+    def run(self) -> None:
+        """Load the parts and write the folder. Raises FastvidError."""
+        import torch
+
+        from fastvid.models import assemble
+
+        model = assemble(self.vqvae, self.top, self.bottom, (self.size, self.size))
+        model.save(self.out, torch.float16 if self.half else torch.float32)
+        print(f"assembled: {self.out}")
+
+
+def _say_trained(result) -> None:
+    state = "finished" if result.finished else "stopped in time; repeat the command with --resume to go on"
+    print(f"{state} at step {result.step}: {result.model}")

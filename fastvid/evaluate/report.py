@@ -1,0 +1,121 @@
+"""The figures as a person reads them, and the line without which they could not be compared with anybody else's."""
+
+from fastvid.data.clips import Clips
+from fastvid.evaluate.tally import EQUAL, Judges
+from fastvid.evaluate.windows import Held
+from fastvid.models.predictor import GIVEN
+
+LIKENESS = ("best", "mean", "repeat", "marginal", "reconstruction")
+DISTANCES = ("model", "repeat", "marginal", "reconstruction", "real")
+HEADS = {
+    "best": "best of {samples}", "mean": "mean of {samples}", "model": "model", "repeat": "repeat frame {given}",
+    "marginal": "codes by themselves", "reconstruction": "reconstruction", "real": "real clips",
+}  # fmt: skip
+ROWS = {
+    "psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better", "lpips": "LPIPS (alex), lower is better",
+    "fvd": "FVD, lower is better", "fvd_star": "FVD*", "frechet_other": "Fréchet distance, another network, not FVD",
+    "frechet_other_star": "the same to reconstructions", "fid_i3d400": "FID (I3D-400)", "is_i3d400": "IS (I3D-400)",
+}  # fmt: skip
+BITS = ("bits", "copy_bits", "context_free_fitted_bits", "context_free_oracle_bits")
+BITS_HEADS = ("prior", "same code as before", "context-free, fitted", "context-free, oracle")
+
+
+def protocol(
+    held: Held, judged: Judges, samples: int, seed: int, fitted_on: str, size: tuple[int, int], model_hash: str
+) -> dict:
+    """Everything that a figure depends on, by name. JSON values only."""
+    frames, drawn = held.windows.frames, len(held.groups().unique())
+    found = {
+        "model": model_hash, "data": Clips.describe(held.windows.clips).splitlines()[0], "clips": len(held.places),
+        "frames": frames, "given": GIVEN, "predicted": frames - GIVEN, "stride": held.windows.frame_step,
+        "size": list(size), "windows": held.how, "samples": samples, "seed": seed, "temperature": 1.0,
+        "best": "of the samples, by the mean over predicted frames, for each metric by itself",
+        "baselines_fitted_on": fitted_on, "equal_frames_db": EQUAL,
+        "intervals": f"95%, bootstrap over {drawn} clips" if drawn > 1 else "none, there is one clip",
+    }
+    if "psnr" in judged.metrics:
+        found["psnr"] = "over all channels of a frame"
+    if "ssim" in judged.metrics:
+        found["ssim"] = "11x11 Gaussian window, sigma 1.5, data range 1, mean over channels"
+    if "lpips" in judged.metrics:
+        found["lpips"] = f"AlexNet, v0.1, weights sha256 {judged.weights['lpips'].fingerprint}"
+    if judged.extractor:
+        found["extractor"] = f"{judged.weights['fvd'].kind}, sha256 {judged.weights['fvd'].fingerprint}"
+        found["resize"] = f"{judged.extractor.resize} bilinear to 224x224"
+        found["real_set"] = "the same windows; FVD*: their reconstructions. All clips begin with the real given frames"
+        found["distances_of"] = "sample 0 of each window, all frames, 8 bits"
+        if len(held.places) <= 400:
+            found["warning"] = f"{len(held.places)} clips for 400 features: distances are biased upwards"
+    return found
+
+
+def table(result: dict) -> str:
+    """The figures as lines of text, the protocol last.
+
+    result:  what `evaluate` returns.
+    Returns: text without a final line break.
+    Raises:  nothing.
+    """
+    figures = result["figures"]
+    blocks = [
+        _block(figures, ("psnr", "ssim", "lpips"), LIKENESS, result),
+        _block(figures, tuple(ROWS)[3:], DISTANCES, result),
+        _bits(figures),
+        _others(figures),
+    ]
+    lines = [f"{result['model']} on {result['data']}"]
+    for block in filter(None, blocks):
+        widths = [max(len(row[i]) for row in block) for i in range(len(block[0]))]
+        lines.append("")
+        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in block]
+    lines += ["", *(f"not measured: {name}: {why}" for name, why in result["missing"].items())]
+    return "\n".join([*lines, f"Protocol: {protocol_line(result['protocol'])}"])
+
+
+def protocol_line(found: dict) -> str:
+    """The protocol as one line. Raises nothing."""
+    return "; ".join(f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in found.items()) + "."
+
+
+def _plain(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _block(figures: dict, rows: tuple[str, ...], columns: tuple[str, ...], result: dict) -> list[tuple[str, ...]]:
+    """A row per metric that was measured, a column per contestant."""
+    measured = [row for row in rows if any(f"{row}_{column}" in figures for column in columns)]
+    if not measured:
+        return []
+    about = {"samples": result["protocol"]["samples"], "given": result["protocol"]["given"]}
+    head = ("", *(HEADS[column].format(**about) for column in columns))
+    return [head] + [(ROWS[row], *(_cell(figures.get(f"{row}_{column}")) for column in columns)) for row in measured]
+
+
+def _bits(figures: dict) -> list[tuple[str, ...]]:
+    if "top_bits" not in figures:
+        return []
+    rows = [(f"bits per {level} code", *(_cell(figures[f"{level}_{name}"]) for name in BITS))
+            for level in ("top", "bottom")]
+    return [("", *BITS_HEADS), *rows]
+
+
+def _others(figures: dict) -> list[tuple[str, ...]]:
+    """What stands alone."""
+    labels = {
+        "psnr_rebuilt": "reconstruction, all frames, PSNR of all pixels",
+        "psnr_rebuilt_per_clip": "reconstruction, all frames, mean PSNR of a window",
+        "psnr_wins": "best sample above the repeated frame, by PSNR",
+        "ssim_wins": "the same by SSIM", "lpips_wins": "the same by LPIPS",
+        "top_used": "top codes in use", "top_perplexity": "top codes, perplexity",
+        "bottom_used": "bottom codes in use", "bottom_perplexity": "bottom codes, perplexity",
+        "code_bits_per_dim": "all predicted codes, over the values of the predicted frames",
+    }  # fmt: skip
+    return [(label, f"{_cell(figures[name])} {figures[name]['unit']}") for name, label in labels.items()
+            if name in figures]
+
+
+def _cell(figure: dict | None) -> str:
+    if figure is None:
+        return "-"
+    interval = "" if figure["low"] is None else f" [{figure['low']:.4g}, {figure['high']:.4g}]"
+    return f"{figure['value']:.4g}{interval}"

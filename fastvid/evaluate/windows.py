@@ -1,0 +1,133 @@
+"""Which windows are measured, their codes, and the codes that baselines are fitted to."""
+
+import hashlib
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastvid.data.clips import Clips, ClipWindows, open_clips
+from fastvid.errors import DataError
+from fastvid.models import VideoPredictor
+from fastvid.models.predictor import FRAMES_PER_STEP, GIVEN
+from fastvid.train.latents import Latents, as_model_input
+
+FIT_WINDOWS = 512  # training windows that the baselines are fitted to
+ENCODED_AT_ONCE = 16
+
+
+class Held(NamedTuple):
+    """Held-out windows: where they lie as (clip, first frame), how they were chosen, and what they come from."""
+
+    windows: ClipWindows
+    places: list[tuple[int, int]]
+    how: str
+
+    def clips(self, first: int, last: int) -> Tensor:
+        """Windows `first` to `last` - 1 as uint8 [B, T, H, W, 3]."""
+        return torch.stack([self.windows.at(*place) for place in self.places[first:last]])
+
+    def groups(self) -> Tensor:
+        """[n] int64: the clip of each window."""
+        return torch.tensor([clip for clip, _ in self.places])
+
+
+def held_out(predictor: VideoPredictor, data: str, split: str, clips: int, seed: int) -> Held:
+    """Windows of a data set's split, as long as the model predicts and of its size. Raises DataError, VideoError."""
+    frames = FRAMES_PER_STEP * (predictor.top.config.steps + 1)
+    windows = ClipWindows(open_clips(data, split, size=predictor.size), frames, predictor.size)
+    return Held(windows, *choose_windows(windows.clips.lengths, frames, clips, seed))
+
+
+def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tuple[list[tuple[int, int]], str]:
+    """Which windows to measure: one per clip, or, of too few clips, several that start at different frames.
+
+    lengths: frames of each clip. span: of a window. count: windows wanted. seed: of the choice among too many.
+    Returns: at most `count` (clip, start) pairs in order, all different, and how they were chosen in words.
+    Raises:  DataError if no clip is long enough.
+    """
+    usable = [i for i, length in enumerate(lengths) if length >= span]
+    if not usable:
+        raise DataError(f"evaluate: wanted clips of {span} frames, the longest has {max(lengths)}; give longer ones.")
+    if len(usable) >= count:
+        return [(i, 0) for i in usable[:count]], "one per clip from its first frame on"
+    for every in (span, span // 2, span // 4, 1):
+        places = [(i, start) for i in usable for start in range(0, lengths[i] - span + 1, every)]
+        if len(places) >= count:
+            break
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(len(places), generator=generator)[:count].sort().values.tolist()
+    overlap = "" if every >= span else " and overlap"
+    return [places[i] for i in kept], f"from {len(usable)} of the clips; starts are multiples of {every}{overlap}"
+
+
+def fitted_codes(predictor: VideoPredictor, data: str, held: Held, seed: int) -> tuple[Latents, str]:
+    """Codes that baselines are fitted to, and their description: of the train split, or, without one, of `held`."""
+    try:
+        train = held_out(predictor, data, "train", FIT_WINDOWS, seed)
+    except DataError:
+        train = held
+    if _same(train.windows.clips, held.windows.clips):
+        return encoded(predictor, held), "the measured windows themselves, for want of a train split"
+    return encoded(predictor, train), f"{len(train.places)} windows of the train split"
+
+
+@torch.no_grad()
+def encoded(predictor: VideoPredictor, held: Held) -> Latents:
+    """Codes of all windows."""
+    parts = []
+    with tqdm(total=len(held.places), unit="window", desc="baselines", disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, len(held.places), ENCODED_AT_ONCE):
+            clips = held.clips(first, first + ENCODED_AT_ONCE)
+            parts.append(encode(predictor, as_model_input(clips)))
+            bar.update(len(clips))
+    return joined(parts)
+
+
+def encode(predictor: VideoPredictor, video: Tensor) -> Latents:
+    """Codes of [B, 3, T, H, W], of the given frames alone and of the whole."""
+    return Latents(*predictor.vqvae.encode(video[:, :, :GIVEN]), *predictor.vqvae.encode(video), "")
+
+
+def joined(parts: list[Latents]) -> Latents:
+    """Codes of all windows, from those of a few at a time."""
+    return Latents(*(torch.cat(codes) for codes in list(zip(*parts, strict=True))[:4]), "")
+
+
+def levels(codes: Latents) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per level the codes of the future, and those one latent step earlier as a predictor has them."""
+    found = {}
+    for name, given, whole in (("top", codes.given_top, codes.top), ("bottom", codes.given_bottom, codes.bottom)):
+        known = given.shape[1]
+        seen = torch.cat([given, whole[:, known:]], dim=1)
+        found[name] = (seen[:, known:], seen[:, known - 1 : -1])
+    return found
+
+
+def marginal_codes(fit: Latents, codes: Latents, first: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The given codes, then futures in which every code is drawn by itself from those at its place in `fit`.
+
+    codes:   of windows number `first` and following, which with the seed decides the draws.
+    Returns: top [B, steps, h, w], bottom [B, 2 steps, 2h, 2w].
+    """
+    drawn = []
+    for stream, (given, whole, there) in enumerate(
+        ((codes.given_top, codes.top, fit.top), (codes.given_bottom, codes.bottom, fit.bottom))
+    ):
+        rows = [_rows(len(there), whole.shape[1:], (seed, stream, first + i)) for i in range(len(whole))]
+        future = there.gather(0, torch.stack(rows))
+        drawn.append(torch.cat([given, future[:, given.shape[1] :]], dim=1))
+    return tuple(drawn)
+
+
+def _same(a: Clips, b: Clips) -> bool:
+    """Whether two splits are one: data without splits give all their clips as either."""
+    return a.names == b.names and torch.equal(a.read(0, 0, 1), b.read(0, 0, 1))
+
+
+def _rows(count: int, shape: torch.Size, key: tuple[int, int, int]) -> Tensor:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.randint(count, shape, generator=generator)
