@@ -137,6 +137,7 @@ class ClipWindows:
     size:       (H, W) to which `fit_frames` brings every clip; None keeps the clips' own size, equal for all.
     seed:       of the random draws. stride: random windows start at multiples of it.
     cache_bytes: decoded clips are kept in memory as uint8 up to this many bytes.
+    bad:        numbers of the clips that could not be decoded so far.
     Raises:     DataError if no clip is long enough, and later if more than 5 in 100 clips cannot be decoded.
     """
 
@@ -164,7 +165,7 @@ class ClipWindows:
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
         self._loose: set[int] = set()
-        self._bad: set[int] = set()
+        self.bad: set[int] = set()
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
         """Random windows: a random clip, then a random start in it, both drawn from sha256(seed, step, item).
@@ -206,6 +207,33 @@ class ClipWindows:
             raise DataError(f"no window of {self.span} frames starts at frame {start} of clip {clip}.")
         return self._view(clip, start).clone()
 
+    def try_at(self, clip: int, start: int) -> Tensor | None:
+        """One window, or None where the clip cannot be decoded.
+
+        Such a clip is named once in a warning and in `.skipped`; it is not opened again.
+
+        clip, start: clip number from 0 and first frame.
+        Returns: uint8 [T, H, W, 3] in 0..255, or None.
+        Raises:  DataError for a window outside the clip, and if more than 5 in 100 clips cannot be decoded.
+        """
+        if clip in self.bad:
+            return None
+        try:
+            return self.at(clip, start)
+        except VideoError as error:
+            self._drop(clip, error)
+            return None
+
+    def leave_out(self, clip: int) -> None:
+        """Take a clip for undecodable that an earlier run has named so: `try_at` gives None, nothing is said again.
+
+        clip:    clip number from 0.
+        Raises:  DataError for a clip outside the data set.
+        """
+        if not 0 <= clip < len(self.clips):
+            raise DataError(f"clip {clip} is to be left out, but there are {len(self.clips)}.")
+        self.bad.add(clip)
+
     def describe(self) -> str:
         """The data set, the windows, and what was skipped.
 
@@ -221,11 +249,9 @@ class ClipWindows:
             clip = self.usable[int.from_bytes(digest[:8], "little") % len(self.usable)]
             starts = (self.clips.lengths[clip] - self.span) // self.stride + 1
             start = int.from_bytes(digest[8:16], "little") % starts * self.stride
-            if clip not in self._bad:
-                try:
-                    return self._view(clip, start)
-                except VideoError as error:
-                    self._drop(clip, error)
+            window = self.try_at(clip, start)
+            if window is not None:
+                return window
             attempt += 1
 
     def _view(self, clip: int, start: int) -> Tensor:
@@ -236,11 +262,11 @@ class ClipWindows:
         return self.clips.read(clip, start, self.span, self.size)[:: self.frame_step]
 
     def _drop(self, clip: int, error: VideoError) -> None:
-        self._bad.add(clip)
+        self.bad.add(clip)
         self.skipped.append((self.clips.names[clip], str(error)))
-        if len(self._bad) > MAX_BAD_SHARE * len(self.clips):
-            raise DataError(f"{len(self._bad)} of {len(self.clips)} clips cannot be decoded, now: {error}") from error
-        warnings.warn(f"clip skipped: {error}", stacklevel=4)
+        if len(self.bad) > MAX_BAD_SHARE * len(self.clips):
+            raise DataError(f"{len(self.bad)} of {len(self.clips)} clips cannot be decoded, now: {error}") from error
+        warnings.warn(f"clip skipped: {error}", stacklevel=5)
 
     def _keep(self, clip: int) -> None:
         """Decode and cache a whole clip if the budget has room for it; either way decode all of it once."""

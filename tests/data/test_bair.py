@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -187,3 +188,109 @@ def test_nothing_usable_is_one_line(tmp_path):
     (tmp_path / "traj_0_to_255.tfrecords").write_bytes(framed(b"hello"))
     with pytest.raises(DataError, match="no record can be read; the first: .*no Example message"):
         open_clips(tmp_path)
+
+
+def png_tree(root, split="train", group="traj_0_to_1", clips=(1, 2, 10)):
+    for number in clips:
+        folder = root / split / group / str(number)
+        folder.mkdir(parents=True)
+        for t, image in enumerate(stored(video(number, frames=12), "PNG")):
+            (folder / f"{t}.png").write_bytes(image)
+
+
+def test_png_tree(tmp_path):
+    png_tree(tmp_path / "processed_data")
+    png_tree(tmp_path / "processed_data", "test", "traj_256_to_511", [3])
+    clips = open_clips(tmp_path)
+    assert clips.names == [f"processed_data/train/traj_0_to_1/{number}" for number in (1, 2, 10)]
+    assert clips.lengths == [12] * 3 and "BAIR robot pushing (PNG)" in clips.describe()
+    assert torch.equal(clips.read(2), video(10, frames=12))
+    test = open_clips(tmp_path / "processed_data", "test")
+    assert torch.equal(test.read(0, 9, 3), video(3, frames=12)[9:])
+    assert len(open_clips(tmp_path / "processed_data" / "train")) == 3
+
+
+def test_png_tree_with_holes(tmp_path):
+    png_tree(tmp_path)
+    (tmp_path / "train" / "traj_0_to_1" / "2" / "4.png").unlink()
+    (tmp_path / "train" / "traj_0_to_1" / "10" / "11.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    clips = open_clips(tmp_path)
+    assert clips.skipped == [("train/traj_0_to_1/2", "frame 4.png is missing")] and len(clips) == 2
+    assert torch.equal(clips.read(1, 0, 11), video(10, frames=12)[:11])
+    with pytest.raises(VideoError, match="10/11.png"):
+        clips.read(1)
+
+
+def hdf5(path, splits=("train", "test"), **changes):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'fastvid-torch[data]'")
+    with h5py.File(path, "w") as file:
+        for i, split in enumerate(splits):
+            frames = torch.cat([video(10 * i), video(10 * i + 1, frames=T + 2), video(10 * i + 2)])
+            file[f"{split}_data"] = changes.get("data", frames.numpy())
+            if "index" not in changes:
+                file[f"{split}_idx"] = np.array([0, T, 2 * T + 2])
+            elif changes["index"] is not None:
+                file[f"{split}_idx"] = changes["index"]
+    return path
+
+
+def test_hdf5(tmp_path):
+    path = hdf5(tmp_path / "bair.hdf5")
+    clips = open_clips(path)
+    assert (clips.names, clips.lengths) == (["train/0", "train/1", "train/2"], [T, T + 2, T])
+    assert "VideoGPT" in clips.describe() and "split train" in clips.describe()
+    assert torch.equal(clips.read(1), video(1, frames=T + 2)) and torch.equal(clips.read(2), video(2))
+    test = open_clips(tmp_path, "test")
+    assert torch.equal(test.read(1, 2, 2, (4, 4)), fit_frames(video(11, frames=T + 2)[2:4], 4, 4)[0])
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"splits": ()}, "no train_data and no test_data in it, but nothing"),
+        ({"splits": ("test",)}, "no split 'train' in it; there are: test"),
+        ({"data": np.zeros((11, 8, 8, 3), "f4")}, "must be uint8 .*, got float32"),
+        ({"data": np.zeros((11, 8, 8), "u1")}, r"must be uint8 .*, got uint8 \[11, 8, 8\]"),
+        ({"index": None}, "train_idx is missing"),
+        ({"index": np.array([0, 3, 3])}, "train_idx must rise"),
+        ({"index": np.array([0, 11])}, "train_idx must rise and stay from 0 to below 11"),
+        ({"index": np.array([-1, 3])}, "train_idx must rise"),
+        ({"index": np.array([0.0, 3.0])}, "train_idx must be whole numbers"),
+    ],
+)  # fmt: skip
+def test_hdf5_of_another_form(tmp_path, changes, reason):
+    with pytest.raises(DataError, match=reason):
+        open_clips(hdf5(tmp_path / "a.h5", **changes), "train")
+
+
+def test_hdf5_reads_nothing_but_the_file_itself(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'fastvid-torch[data]'")
+    (tmp_path / "secret").write_bytes(bytes(8 * 8 * 3))
+    with h5py.File(tmp_path / "outside.h5", "w") as file:
+        storage = [(str(tmp_path / "secret"), 0, 8 * 8 * 3)]
+        file.create_dataset("train_data", (1, 8, 8, 3), "u1", external=storage)
+        file["train_idx"] = np.array([0])
+    hdf5(tmp_path / "whole.h5")
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["train_data"] = h5py.ExternalLink(str(tmp_path / "whole.h5"), "/train_data")
+    for name, reason in (("outside", "no array in the file itself"), ("link", "missing, or a link out of the file")):
+        with pytest.raises(DataError, match=reason):
+            open_clips(tmp_path / f"{name}.h5")
+
+
+def test_damaged_hdf5(tmp_path):
+    path = hdf5(tmp_path / "a.h5")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="a.h5: cannot be opened as HDF5"):
+        open_clips(path)
+    path.write_bytes(b"hello, no HDF5")
+    with pytest.raises(DataError, match="cannot be read as video"):
+        open_clips(path)
+
+
+def test_hdf5_without_its_package(tmp_path, monkeypatch):
+    path = hdf5(tmp_path / "a.h5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match="needs the package h5py; pip install"):
+        open_clips(path)

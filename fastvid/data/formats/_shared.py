@@ -1,6 +1,6 @@
 """What the formats share: names of splits, and still images that lie inside other files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data._decode import BROKEN, FRAME_PIXELS, picture, reason_of
-from fastvid.data.video import fit_frames
+from fastvid.data.video import fit_frames, image_from_bytes
 from fastvid.errors import DataError, VideoError
 
 # what a split is called elsewhere, the best first: a set without a public test is measured on its validation clips
@@ -52,15 +52,17 @@ def image_codec(data: bytes) -> str | None:
 
 
 def decode_image(data: bytes, where: str) -> Tensor:
-    """Decode a JPEG or PNG that lies in memory.
+    """Decode an image file that lies in memory; JPEG and PNG without FFmpeg's search for what it may be.
 
     data:    the whole image file. where: what to call it in a message.
     Returns: uint8 [H, W, 3] in 0..255, RGB.
-    Raises:  VideoError if it is neither, is damaged, or is larger than the limit of pixels a frame.
+    Raises:  VideoError if it is no image, is damaged, or is larger than the limit of pixels a frame.
     """
     codec = image_codec(data)
     if codec is None:
-        raise VideoError(f"{where}: wanted a JPEG or PNG image, got {len(data)} bytes that begin {data[:4].hex()}.")
+        return image_from_bytes(data, where)
+    if codec == "mjpeg" and b"\xff\xd9" not in data:
+        raise VideoError(f"{where}: the JPEG image is cut short.")
     try:
         decoder = av.CodecContext.create(codec, "r")
         decoder.options = {"max_pixels": str(FRAME_PIXELS), "err_detect": "explode"}
@@ -94,5 +96,3 @@ def check_any(root: Path, usable: Sequence, skipped: list[tuple[str, str]]) -> N
         first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise DataError(f"{root}: no usable clip, {len(skipped)} unusable{first}")
 
-
-Load = Callable[[int, int, int, tuple[int, int] | None], Tensor]
