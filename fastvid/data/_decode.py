@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.data._checks import avi_frames, gif_images, matroska_damage
 from fastvid.errors import VideoError
 
 FRAME_PIXELS = 1 << 25  # 8K UHD passes; a header that claims 30,000 x 30,000 must not reach the allocator
@@ -22,6 +24,11 @@ _SAFE = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,ogg,flv,asf,h264,hevc,"
     "m4v,ivf,yuv4mpegpipe,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,wav,mp3,aac,flac",
 }
+# FFmpeg's own VP8 and VP9 decoders make pictures of damaged data without a word; libvpx notices nearly all of it and
+# gives the same bits for whole files
+_LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# other decoders' checks find nothing more, or refuse streams that players show
+_CHECKED = dict.fromkeys(("mjpeg", "png", "apng"), {"err_detect": "crccheck+bitstream+buffer+explode"})
 # what PyAV raises for a bad file; a bug of ours (TypeError, KeyError, ...) stays visible
 BROKEN = (av.error.FFmpegError, OSError, ValueError, RuntimeError, OverflowError, MemoryError)
 
@@ -31,19 +38,14 @@ def opened(path: str | Path) -> Iterator[tuple]:
     """The container and its first real video stream; whatever goes wrong inside becomes one VideoError."""
     path = Path(path)
     try:
-        if path.is_dir():
-            raise VideoError(f"{path}: is a folder, not a video file.")
-        if not path.exists():
-            raise VideoError(f"{path}: no such file.")
-        if path.stat().st_size == 0:
-            raise VideoError(f"{path}: the file is empty (0 bytes).")
+        _check_file(path)
         # an absolute path, since FFmpeg takes "12:30.mp4" for a protocol
         with av.open(os.path.abspath(path), options=_SAFE, metadata_errors="replace") as container:
             yield container, _first_stream(path, container)
     except VideoError:
         raise
     except BROKEN as error:
-        raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
+        raise VideoError(f"{path}: cannot be read: {reason_of(error)}.") from error
 
 
 @contextmanager
@@ -57,7 +59,19 @@ def opened_bytes(data: bytes, name: str) -> Iterator[tuple]:
     except VideoError:
         raise
     except BROKEN as error:
-        raise VideoError(f"{name}: cannot be read as video: {reason_of(error)}.") from error
+        raise VideoError(f"{name}: cannot be read: {reason_of(error)}.") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise VideoError(f"{path}: no such file.")
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(f"{path}: is a folder, not a video file.")
+    if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever, a device never end
+        raise VideoError(f"{path}: is not a regular file.")
+    if status.st_size == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes).")
 
 
 def _first_stream(path: str | Path, container):
@@ -72,9 +86,8 @@ def frames_of(path: str | Path, container, stream, threads: int = 0) -> Iterator
     if stream.codec_context is None:
         raise VideoError(f"{path}: no decoder for this video's codec.")
     _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
-    stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
     count, end = 0, None
-    for frame in container.decode(stream):
+    for frame in _decoded(path, container, stream, threads):
         _check_pixels(path, frame.height, frame.width)
         if frame.is_corrupt:
             raise VideoError(f"{path}: frame {count} is damaged.")
@@ -85,6 +98,33 @@ def frames_of(path: str | Path, container, stream, threads: int = 0) -> Iterator
     _check_whole(path, container, stream, count, end)
 
 
+def _decoded(path: str | Path, container, stream, threads: int) -> Iterator[av.VideoFrame]:
+    """What the decoder gives, by the decoder that notices most."""
+    decoder, strict = stream.codec_context, _LIBVPX.get(stream.codec_context.name)
+    decoder.options = _CHECKED.get(decoder.name, {})
+    # one thread where only the first frame is wanted from it: more would hold that frame back
+    decoder.thread_type, decoder.thread_count = "AUTO", 1 if strict else threads
+    pending, packets = [], 0
+    for packet in container.demux(stream):
+        packets += packet.size > 0
+        if packet.is_corrupt:
+            raise VideoError(f"{path}: the container says that data is missing or damaged.")
+        frames = decoder.decode(packet)
+        if strict:
+            pending.append(packet)
+            # only the container's own decoder is told of a display matrix
+            if frames and _matrix_of(frames[0]) is None:
+                decoder = av.CodecContext.create(strict, "r")
+                decoder.thread_count = threads
+                frames = [frame for packet in pending for frame in decoder.decode(packet)]
+            if frames:
+                strict, pending = None, []
+        yield from frames
+    listed = avi_frames(path, stream) if container.format.name == "avi" else 0
+    if packets < listed:
+        raise VideoError(f"{path}: {listed} frames are listed, only {packets} can be found (damaged or cut short).")
+
+
 def first_picture(path: str | Path, container, stream) -> Tensor:
     """The first frame as `picture` gives it; one thread, since each more would decode a frame for nothing."""
     return picture(next(frames_of(path, container, stream, threads=1)))
@@ -93,7 +133,7 @@ def first_picture(path: str | Path, container, stream) -> Tensor:
 def picture(frame: av.VideoFrame) -> Tensor:
     """RGB with the display matrix applied, rounded to quarter turns and mirrors."""
     image = frame.to_ndarray(format="rgb24")  # [H, W, 3]
-    side = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    side = _matrix_of(frame)
     if side is None:
         return torch.from_numpy(image)
     matrix = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
@@ -123,6 +163,10 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(text).split()).rstrip(".")
 
 
+def _matrix_of(frame: av.VideoFrame):
+    return frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+
+
 def _end(frame: av.VideoFrame) -> float | None:
     """When the frame leaves the screen, in seconds; None without a timestamp."""
     return None if frame.pts is None else float((frame.pts + (frame.duration or 0)) * frame.time_base)
@@ -132,11 +176,13 @@ def _check_whole(path: str | Path, container, stream, count: int, end: float | N
     """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
     remedy = f"(damaged or cut short; frames={count} reads what there is)"
     gif = container.format.name == "gif"
-    promised = _gif_images(Path(path).read_bytes()) if gif else promised_frames(container, stream)
+    promised = gif_images(Path(path).read_bytes()) if gif else promised_frames(container, stream)
     if promised and count < promised:
         raise VideoError(f"{path}: the file promises {promised} frames, only {count} decode {remedy}.")
     if gif and promised is None:
         raise VideoError(f"{path}: the GIF breaks off or is garbled after {count} frames {remedy}.")
+    if "matroska" in container.format.name and (damage := matroska_damage(path)):
+        raise VideoError(f"{path}: {damage} {remedy}.")
     if gif or end is None or len(container.streams) > 1 or not container.duration:
         return
     # elsewhere no count can be trusted (AVI's has frames that are never shown): the running time, less a rounded frame
@@ -144,27 +190,6 @@ def _check_whole(path: str | Path, container, stream, count: int, end: float | N
     end -= (container.start_time or 0) / av.time_base
     if seconds - end > min(1.5 * seconds / count, seconds / 4):
         raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode {remedy}.")
-
-
-def _gif_images(data: bytes) -> int | None:
-    """Images in a GIF, by walking its blocks to the end mark; None if they are garbled or it is not at the end."""
-    data = data.rstrip(b"\0\r\n ")  # padding that some programs leave
-    images, at = 0, 13
-    try:
-        at += 3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0  # global palette
-        while data[at] != 0x3B:
-            if data[at] == 0x2C:
-                images += 1
-                at += 9 + (3 << (data[at + 9] & 7) + 1 if data[at + 9] & 0x80 else 0)  # local palette
-            elif data[at] != 0x21:
-                return None
-            at += 2
-            while data[at]:  # sub-blocks, each with its length in front
-                at += 1 + data[at]
-            at += 1
-    except IndexError:
-        return None
-    return images if at == len(data) - 1 else None
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:
