@@ -45,7 +45,7 @@ def opened(path: str | Path) -> Iterator[tuple]:
     except VideoError:
         raise
     except BROKEN as error:
-        raise VideoError(f"{path}: cannot be read: {reason_of(error)}.") from error
+        raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def opened_bytes(data: bytes, name: str) -> Iterator[tuple]:
     except VideoError:
         raise
     except BROKEN as error:
-        raise VideoError(f"{name}: cannot be read: {reason_of(error)}.") from error
+        raise VideoError(f"{name}: cannot be read as video: {reason_of(error)}.") from error
 
 
 def _check_file(path: Path) -> None:
