@@ -285,7 +285,7 @@ def test_damaged_hdf5(tmp_path):
     with pytest.raises(DataError, match="a.h5: cannot be opened as HDF5"):
         open_clips(path)
     path.write_bytes(b"hello, no HDF5")
-    with pytest.raises(DataError, match="cannot be read as video"):
+    with pytest.raises(DataError, match="cannot be read"):
         open_clips(path)
 
 

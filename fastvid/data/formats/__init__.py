@@ -15,22 +15,24 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from fastvid.data._layouts import GENERATORS, Layout
+from fastvid.data.formats import (
+    bair,
+    bair_hdf5,
+    bair_png,
+    cityscapes,
+    kinetics,
+    moving_mnist,
+    sky_timelapse,
+    something,
+    stylegan_v,
+    ucf101,
+)
 from fastvid.errors import DataError
 
-_NAMES = (
-    "bair", "bair_png", "bair_hdf5", "moving_mnist", "stylegan_v",
-    "ucf101", "sky_timelapse", "cityscapes", "something", "kinetics",
+# in the order in which they are asked: names that nothing else has come first
+FORMATS: tuple[ModuleType, ...] = (
+    bair, bair_png, cityscapes, ucf101, sky_timelapse, something, kinetics, stylegan_v, moving_mnist, bair_hdf5,
 )  # fmt: skip
-
-
-def _present() -> tuple[ModuleType, ...]:
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    names = [f"{__name__}.{name}" for name in _NAMES]
-    return tuple(import_module(name) for name in names if find_spec(name))
-
-
 ALWAYS = {"split": "the set's own name of a split", "format": "the format, by name, instead of looking for it"}
 FOLDER = "folder"  # ?format=folder: the plain rules for folders of videos or frames, whatever the names look like
 
@@ -101,16 +103,14 @@ def sniff(root: Path) -> Sniffed | None:
 def named(name: str) -> ModuleType | None:
     """The format of a name, as in ?format=name.
 
-    name:    a format's NAME in any case, or FOLDER.
-    Returns: its module; None for FOLDER.
+    name:    of a module of this package, such as "ucf101", or FOLDER.
+    Returns: the module; None for FOLDER.
     Raises:  DataError that lists the names.
     """
-    names = {module.NAME.lower(): module for module in FORMATS}
-    if name.lower() == FOLDER:
-        return None
-    if name.lower() not in names:
+    names = {module.__name__.rpartition(".")[2]: module for module in FORMATS}
+    if name != FOLDER and name not in names:
         raise DataError(f"no format '{name}'; there are: {', '.join([*names, FOLDER])}.")
-    return names[name.lower()]
+    return names.get(name)
 
 
 def open_known(root: Path, split: str | None, options: dict[str, str]) -> Layout | None:
@@ -133,5 +133,3 @@ def open_known(root: Path, split: str | None, options: dict[str, str]) -> Layout
     layout = module.open_layout(root, split, own)
     return layout._replace(found=f"{module.NAME} in {root} ({why}), {layout.found}")
 
-
-FORMATS: tuple[ModuleType, ...] = _present()

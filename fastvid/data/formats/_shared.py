@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvid.data._decode import BROKEN, FRAME_PIXELS, picture, reason_of
-from fastvid.data.video import fit_frames, image_from_bytes
+from fastvid.data.formats._peek import peek
+from fastvid.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, fit_frames, image_from_bytes
 from fastvid.errors import DataError, VideoError
 
 # what a split is called elsewhere, the best first: a set without a public test is measured on its validation clips
@@ -19,6 +20,7 @@ OTHER_NAMES = {
     "validation": ("validation", "val", "validate", "valid"),
 }
 _MAGIC = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}
+_ENDS = {"mjpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}  # FFmpeg does not miss them
 
 
 def choose_split(root: Path, asked: str | None, available: Sequence[str]) -> tuple[str | None, str]:
@@ -61,11 +63,11 @@ def decode_image(data: bytes, where: str) -> Tensor:
     codec = image_codec(data)
     if codec is None:
         return image_from_bytes(data, where)
-    if codec == "mjpeg" and b"\xff\xd9" not in data:
-        raise VideoError(f"{where}: the JPEG image is cut short.")
+    if _ENDS[codec] not in data:
+        raise VideoError(f"{where}: the image is cut short.")
     try:
         decoder = av.CodecContext.create(codec, "r")
-        decoder.options = {"max_pixels": str(FRAME_PIXELS), "err_detect": "explode"}
+        decoder.options = {"max_pixels": str(FRAME_PIXELS), "err_detect": "crccheck+bitstream+buffer+explode"}
         decoder.thread_count = 1
         frames = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
     except BROKEN as error:
@@ -88,6 +90,22 @@ def stack_images(images: list[Tensor], size: tuple[int, int] | None, where: str)
     if any(image.shape != images[0].shape for image in images):
         raise VideoError(f"{where}: the frames differ in size; give one size to resize all.")
     return torch.stack(images)
+
+
+def lone_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files that hold a whole data set each: one that was named, or those in a folder without videos and images.
+
+    root:     a file or folder. suffixes: in lower case.
+    Returns:  regular files with one of the suffixes; none where a folder holds clips besides, since one is as likely
+              meant as the other.
+    Raises:   nothing.
+    """
+    if root.is_file():
+        return [root] if root.suffix.lower() in suffixes else []
+    if any(name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)) for name in peek(root, 2)):
+        return []
+    files = [root / name for name in peek(root, 1) if name.lower().endswith(tuple(suffixes))]
+    return [path for path in files if path.is_file()]
 
 
 def check_any(root: Path, usable: Sequence, skipped: list[tuple[str, str]]) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastvid.data._decode import FRAME_PIXELS
 from fastvid.data._layouts import Layout, Size
-from fastvid.data.formats._peek import peek
-from fastvid.data.formats._shared import choose_split
+from fastvid.data.formats._shared import choose_split, lone_files
 from fastvid.data.video import READ_BYTES, fit_frames
 from fastvid.errors import DataError, VideoError
 
@@ -73,10 +72,8 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
 
 
 def _file(root: Path) -> Path | None:
-    if root.is_file():
-        return root if root.suffix.lower() in SUFFIXES else None
-    files = [root / name for name in peek(root, 1) if name.lower().endswith(SUFFIXES)]
-    return files[0] if len(files) == 1 and files[0].is_file() else None
+    files = lone_files(root, SUFFIXES)
+    return files[0] if len(files) == 1 else None
 
 
 def _open(path: Path) -> "h5py.File":

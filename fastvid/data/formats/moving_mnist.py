@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvid.data._layouts import Layout, Size
-from fastvid.data.formats._peek import peek
-from fastvid.data.formats._shared import choose_split
+from fastvid.data.formats._shared import choose_split, lone_files
 from fastvid.data.video import READ_BYTES, fit_frames
 from fastvid.errors import DataError
 
@@ -78,12 +77,9 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
 
 def _files(root: Path) -> dict[str, Path]:
     """NumPy files by split; one alone has the split ""."""
-    if root.is_file():
-        return {"": root} if root.suffix.lower() in MAGICS else {}
-    files = [root / name for name in peek(root, 1) if Path(name).suffix.lower() in MAGICS]
-    files = [path for path in files if path.is_file()]
+    files = lone_files(root, list(MAGICS))
     by_split = {path.stem: path for name in SPLITS for path in files if path.stem == name}
-    if len(by_split) == len(files) > 0:
+    if root.is_dir() and len(by_split) == len(files) > 0:
         return by_split
     return {"": files[0]} if len(files) == 1 else {}
 
