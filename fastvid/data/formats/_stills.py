@@ -10,11 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastvid.data._layouts import Layout, Size, Skipped, natural_key
-from fastvid.data.formats._shared import check_any, stack_images
-from fastvid.data.video import IMAGE_SUFFIXES, read_image
+from fastvid.data.formats._shared import check_any, decode_image, stack_images
+from fastvid.data.video import IMAGE_SUFFIXES
 from fastvid.errors import VideoError
 
 GAPS_TOLD = 8
+FILE_BYTES = 1 << 28  # more than the largest frame takes uncompressed
 
 
 class Stills(NamedTuple):
@@ -43,7 +44,7 @@ def still_layout(
     def load(i: int, start: int, count: int, size: Size | None) -> Tensor:
         clip = usable[i]
         paths = [clip.folder / name for name in clip.files[start : start + count]]
-        images = [read_image(path) for path in paths]
+        images = [_image(path) for path in paths]
         if crop:
             images = [_centre(image, crop, path) for image, path in zip(images, paths, strict=True)]
         return stack_images(images, size, str(clip.folder))
@@ -56,13 +57,13 @@ def images_in(folder: Path) -> list[str]:
     """Names of the images that lie in a folder, in natural order.
 
     folder:  an existing folder.
-    Returns: names; hidden files and other kinds are left out.
+    Returns: names; hidden files, other kinds, and what is no file (a pipe would be waited for) are left out.
     Raises:  OSError if the folder cannot be listed.
     """
     with scandir(folder) as entries:
         # interned: frame names such as 00001.jpg come back in every clip
-        names = [sys.intern(entry.name) for entry in entries if not entry.name.startswith(".")]
-    return sorted((name for name in names if name.lower().endswith(IMAGE_SUFFIXES)), key=natural_key)
+        names = [sys.intern(entry.name) for entry in entries if _is_image(entry.name) and entry.is_file()]
+    return sorted(names, key=natural_key)
 
 
 def frame_number(name: str) -> int | None:
@@ -100,6 +101,20 @@ def gap_note(clips: Iterable[Stills]) -> str:
     more = f" and {len(gaps) - GAPS_TOLD} more" if len(gaps) > GAPS_TOLD else ""
     lacking = "1 clip lacks" if len(gaps) == 1 else f"{len(gaps)} clips lack"
     return f"; {lacking} frames: {', '.join(gaps[:GAPS_TOLD])}{more}"
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _image(path: Path) -> Tensor:
+    try:
+        size = path.stat().st_size
+        if not 0 < size <= FILE_BYTES:
+            raise VideoError(f"{path}: {size} bytes are no image (1 to {FILE_BYTES} are).")
+        return decode_image(path.read_bytes(), str(path))
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _centre(image: Tensor, crop: int, path: Path) -> Tensor:
