@@ -76,10 +76,10 @@ def i3d_shapes() -> dict[str, list[int]]:
     return shapes
 
 
-def i3d_from_torch(tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def i3d_from_torch(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor] | None:
     """An I3D under the names of a PyTorch port.
 
-    tensors: float32 by name.
+    tensors: float32 by name. source: what to call them in messages.
     Returns: under the names used here; None if these are not the names of a known port.
     Raises:  WeightsError for a batch normalisation with a scale.
     """
@@ -97,7 +97,7 @@ def i3d_from_torch(tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if names.keys() <= tensors.keys():
             for scale in scales:
                 if scale in tensors and not bool((tensors[scale] == 1).all()):
-                    raise WeightsError(f"I3D: {scale} scales its input, which the published network does not.")
+                    raise WeightsError(f"{source}: {scale} is not all ones; I3D's batch normalisation has no scale.")
             return {ours: _laid_out(tensors[theirs], ours) for theirs, ours in names.items()}
     return None
 
@@ -142,10 +142,10 @@ def lpips_trunk(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]] | N
     return None
 
 
-def lpips_heads(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]] | None:
+def lpips_heads(tensors: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]] | None:
     """The 1x1 heads under the names of the lpips package.
 
-    tensors: float32 by name.
+    tensors: float32 by name. source: what to call them in messages.
     Returns: (kind, heads under the names used here), or None.
     Raises:  WeightsError for those of SqueezeNet, which no metric here uses.
     """
@@ -154,7 +154,7 @@ def lpips_heads(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]] | N
         if (told := re.fullmatch(r"lin(\d)\.model\.1\.weight", name)) and values.ndim == 4:
             heads[f"NetLinLayer_{told[1]}|Conv_0|kernel"] = values.permute(2, 3, 1, 0)
     if len(heads) == 7:
-        raise WeightsError("LPIPS: heads of SqueezeNet, which no metric here uses; add those of alex or vgg.")
+        raise WeightsError(f"{source}: heads of SqueezeNet, which no metric here uses; add those of alex or vgg.")
     if len(heads) != 5:
         return None
     return "lpips_alex" if heads["NetLinLayer_1|Conv_0|kernel"].shape[2] == 192 else "lpips_vgg", heads

@@ -137,6 +137,8 @@ class _Machine:
         _, shape, dtype, by_columns, content = state
         if dtype.word != "dtype" or dtype.value is None or type(content) is not bytes:
             raise ValueError("an array without numbers")
+        if type(shape) is not tuple or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError("an array of unknown shape")  # NumPy would make a size up from a negative one
         values = np.frombuffer(content, "<f4").reshape(shape, order="F" if by_columns else "C")
         shell.value = torch.from_numpy(np.array(values, order="C"))
 

@@ -95,7 +95,7 @@ def list_command() -> None:
                 print(f"  damaged  {error}")
         else:
             halves = [half for half in HALVES.get(kind, ()) if load_half(kind, half) is not None]
-            print(f"  missing{'; only its ' + halves[0] + ' is there' if halves else ''}")
+            print(f"  missing{', but for its ' + halves[0] if halves else ''}")
         print("".join(f"  get it   {command}\n" for command in entry.commands), end="")
 
 
@@ -106,7 +106,7 @@ def _piece(found: Found) -> _Piece:
         piece = _Piece("i3d", "", tensors)
     elif whole := next((kind for kind, net in NETS.items() if tensors.keys() == tensor_shapes(net).keys()), None):
         piece = _Piece(whole, "", tensors)
-    elif network := i3d_from_torch(tensors) or i3d_from_content(tensors):
+    elif network := i3d_from_torch(tensors, found.source) or i3d_from_content(tensors):
         piece = _Piece("i3d", "", network)
     else:
         piece = _lpips(found)
@@ -120,7 +120,7 @@ def _piece(found: Found) -> _Piece:
 
 
 def _lpips(found: Found) -> _Piece:
-    trunk, heads = lpips_trunk(found.tensors), lpips_heads(found.tensors)
+    trunk, heads = lpips_trunk(found.tensors), lpips_heads(found.tensors, found.source)
     if trunk and heads and trunk[0] == heads[0]:
         return _Piece(trunk[0], "", trunk[1] | heads[1])
     if bool(trunk) != bool(heads):
@@ -145,13 +145,14 @@ def _keep(piece: _Piece, found: Found) -> Added:
             )
         kind = "i3d_other"
     known = KNOWN_FILES.get(found.sha256, "")
-    path = save_weights(kind, tensors, found.source, half)
+    path = save_weights(kind, tensors, told, found.source, half)
     if not half:
         return Added(found.source, kind, "", KINDS[kind].metric, told, path, known)
     other = load_half(kind, "heads" if half == "trunk" else "trunk")
     if other is None:
         return Added(found.source, kind, half, "", told, path, known)
     whole = tensors | other
-    path = save_weights(kind, whole, found.source)
+    told = fingerprint(whole)
+    path = save_weights(kind, whole, told, found.source)
     drop_half(kind)
-    return Added(found.source, kind, "", KINDS[kind].metric, fingerprint(whole), path, known)
+    return Added(found.source, kind, "", KINDS[kind].metric, told, path, known)

@@ -66,17 +66,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, notes
 
 
-def save_weights(kind: str, tensors: dict[str, Tensor], source: str, half: str = "") -> Path:
+def save_weights(kind: str, tensors: dict[str, Tensor], told: str, source: str, half: str = "") -> Path:
     """Keep a network in the weights folder; a kill at any moment leaves the old file or the new one.
 
-    kind:    of `KINDS`. tensors: float32 by canonical name. source: the file that they came from, noted in it.
+    kind:    of `KINDS`. tensors: float32 by canonical name. told: their fingerprint.
+    source:  the file that they came from, noted in it beside the fingerprint.
     half:    "trunk" or "heads" of one that waits for the other half, else empty.
     Returns: the file.
     Raises:  WeightsError if the disk refuses.
     """
     path = weights_folder() / _file(kind, half)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    notes = {"kind": kind, "fingerprint": fingerprint(tensors), "source": Path(source).name}
+    notes = {"kind": kind, "fingerprint": told, "source": Path(source).name}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear(path)
