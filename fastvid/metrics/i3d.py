@@ -22,7 +22,7 @@ MIXED = {
     "5b": (256, 160, 320, 32, 128, 128),
     "5c": (384, 192, 384, 48, 128, 128),
 }
-_FRAMES_AT_ONCE = {"cpu": 16, "cuda": 512}  # what features() holds as 224 x 224 pictures; about 6 MB of maps each
+_FRAMES_AT_ONCE = {"cpu": 16, "cuda": 512}  # bounds the 224 x 224 pictures and maps that features() holds
 
 
 class I3DOutput(NamedTuple):
