@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 EPS = 1e-10  # added to the length of a feature vector
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # version 0.1 brings [-1, 1] to what the trunks expect
-_PIXELS_AT_ONCE = 1 << 17  # of each of the two images: bounds the feature maps that are held
+PIXELS_AT_ONCE = {"alex": 1 << 19, "vgg": 1 << 17}  # of each of the two: bounds the feature maps that are held
 
 
 class _Conv(NamedTuple):
@@ -79,21 +79,24 @@ class LPIPS(nn.Module):
         """Distance of each pair of frames.
 
         a, b:    [..., 3, H, W], floating, the same shape, values in [0, 1]; H and W at least 31 (alex) or 16 (vgg).
+                 Where one of them was expanded (one truth, many samples), its features are computed only once.
         Returns: [...] float32, from 0 on.
         Raises:  ValueError for other dtypes, shapes that differ, or frames that are too small.
         """
         _check(self.net, a, b)
-        frames = a.shape[-3:]
-        at_once = max(1, _PIXELS_AT_ONCE // (frames[1] * frames[2]))
-        pairs = zip(a.reshape(-1, *frames).split(at_once), b.reshape(-1, *frames).split(at_once), strict=True)
-        return torch.cat([self._distance(x.float(), y.float()) for x, y in pairs]).reshape(a.shape[:-3])
+        lead = a.shape[:-3]
+        (a, of_a), (b, of_b) = _distinct(a), _distinct(b)
+        at_once = max(1, PIXELS_AT_ONCE[self.net] // (a.shape[-2] * a.shape[-1]))
+        chunks = zip(of_a.split(at_once), of_b.split(at_once), strict=True)
+        return torch.cat([self._distances(a, b, i, j) for i, j in chunks]).reshape(lead)
 
-    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """[n, 3, H, W] float32, twice -> [n]."""
-        total = a.new_zeros(len(a))
-        for layer, features in enumerate(self._features(torch.cat([a, b]))):
+    def _distances(self, a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
+        """Between pairs of frames given by their places. a [m, 3, H, W], b [k, 3, H, W], of_a, of_b [n] -> [n]."""
+        (rows_a, i), (rows_b, j) = (places.unique(return_inverse=True) for places in (of_a, of_b))
+        total = torch.zeros(len(of_a), device=a.device)
+        for layer, features in enumerate(self._features(torch.cat([a[rows_a].float(), b[rows_b].float()]))):
             unit = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + EPS)
-            x, y = unit.chunk(2)  # [n, C, h, w]
+            x, y = unit[i], unit[len(rows_a) + j]  # [n, C, h, w]
             head = self.get_buffer(_key(f"NetLinLayer_{layer}|Conv_0|kernel"))
             distances = F.conv2d((x - y).square(), head)  # [n, 1, h, w]
             if self.spatial:
@@ -149,6 +152,15 @@ def _checked(net: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"pass the tensors of load_weights('lpips_{net}')."
             )
     return tensors
+
+
+def _distinct(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 3, H, W] -> the frames [m, 3, H, W] that an expanded tensor really has, and [n] which of them each is."""
+    lead = frames.shape[:-3]
+    kept = frames[tuple(slice(0, 1) if frames.stride(d) == 0 else slice(None) for d in range(len(lead)))]
+    count = kept.shape[:-3].numel()
+    places = torch.arange(count, device=frames.device).view(kept.shape[:-3]).expand(lead)
+    return kept.reshape(count, *frames.shape[-3:]), places.reshape(-1)
 
 
 def _key(name: str) -> str:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fastvid.errors import WeightsError
 from fastvid.metrics import LPIPS
-from fastvid.metrics.lpips import tensor_shapes
+from fastvid.metrics.lpips import PIXELS_AT_ONCE, tensor_shapes
 from fastvid.weights import load_weights
 
 BLACK, WHITE = torch.zeros(3, 64, 64), torch.ones(3, 64, 64)
@@ -89,9 +89,22 @@ def test_equal_frames_order_and_noise(alex):
 def test_in_pieces_equals_whole(alex, monkeypatch):
     a, b = _frames(5, 5, 3, 40, 40), _frames(6, 5, 3, 40, 40)
     whole = alex(a, b)
-    monkeypatch.setattr("fastvid.metrics.lpips._PIXELS_AT_ONCE", 2 * 40 * 40)
+    monkeypatch.setitem(PIXELS_AT_ONCE, "alex", 2 * 40 * 40)
     assert torch.allclose(alex(a, b), whole, rtol=1e-5)
     assert alex(a[0], b[0]).shape == ()
+
+
+@pytest.mark.parametrize("pixels", [1 << 19, 5 * 40 * 40])
+def test_an_expanded_truth_counts_as_often_as_it_is_given(alex, monkeypatch, pixels):
+    monkeypatch.setitem(PIXELS_AT_ONCE, "alex", pixels)
+    future, truth = _frames(5, 2, 3, 4, 3, 40, 40), _frames(6, 2, 1, 4, 3, 40, 40)
+    seen, features = [], alex._features
+    monkeypatch.setattr(alex, "_features", lambda frames: features(frames[seen.append(len(frames)) or slice(None)]))
+    expanded, copied = alex(future, truth.expand_as(future)), alex(future, truth.expand_as(future).clone())
+    assert torch.allclose(expanded, copied, rtol=1e-5)
+    assert torch.equal(alex(truth.expand_as(future), future).argmax(), copied.argmax())
+    if pixels == 1 << 19:
+        assert seen == [24 + 8, 24 + 24, 8 + 24]
 
 
 def test_any_floating_dtype_is_computed_in_float32(alex):
