@@ -86,16 +86,17 @@ def frames_of(path: str | Path, container, stream, threads: int = 0) -> Iterator
     if stream.codec_context is None:
         raise VideoError(f"{path}: no decoder for this video's codec.")
     _check_pixels(path, stream.codec_context.height, stream.codec_context.width)
-    count, end = 0, None
+    count, begin, end = 0, None, None
     for frame in _decoded(path, container, stream, threads):
         _check_pixels(path, frame.height, frame.width)
         if frame.is_corrupt:
             raise VideoError(f"{path}: frame {count} is damaged.")
+        begin = frame.time if begin is None else begin
         count, end = count + 1, _end(frame) or end
         yield frame
     if count == 0:
         raise VideoError(f"{path}: no frame can be decoded.")
-    _check_whole(path, container, stream, count, end)
+    _check_whole(path, container, stream, count, (begin, end))
 
 
 def _decoded(path: str | Path, container, stream, threads: int) -> Iterator[av.VideoFrame]:
@@ -172,7 +173,7 @@ def _end(frame: av.VideoFrame) -> float | None:
     return None if frame.pts is None else float((frame.pts + (frame.duration or 0)) * frame.time_base)
 
 
-def _check_whole(path: str | Path, container, stream, count: int, end: float | None) -> None:
+def _check_whole(path: str | Path, container, stream, count: int, shown: tuple) -> None:
     """FFmpeg ends a file that was cut short as if it were whole; what the header promises gives it away."""
     remedy = f"(damaged or cut short; frames={count} reads what there is)"
     gif = container.format.name == "gif"
@@ -183,11 +184,13 @@ def _check_whole(path: str | Path, container, stream, count: int, end: float | N
         raise VideoError(f"{path}: the GIF breaks off or is garbled after {count} frames {remedy}.")
     if "matroska" in container.format.name and (damage := matroska_damage(path)):
         raise VideoError(f"{path}: {damage} {remedy}.")
+    begin, end = shown
     if gif or end is None or len(container.streams) > 1 or not container.duration:
         return
     # elsewhere no count can be trusted (AVI's has frames that are never shown): the running time, less a rounded frame
     seconds = container.duration / av.time_base
-    end -= (container.start_time or 0) / av.time_base
+    # the start that FFmpeg names passes over frames without a time, such as those before zero
+    end -= min(begin, (container.start_time or 0) / av.time_base)
     if seconds - end > min(1.5 * seconds / count, seconds / 4):
         raise VideoError(f"{path}: lasts {seconds:.2f} s, only {end:.2f} s decode {remedy}.")
 

@@ -1,14 +1,18 @@
 """Broken, hostile and mistaken files: all frames, or one VideoError of one line, and never anything else."""
 
+import json
 import os
-import random
-import struct
-import zlib
+import subprocess
+import sys
+import time
+from collections import Counter
 
 import av
-import numpy as np
+import broken_videos
 import pytest
 import torch
+from broken_videos import CONTAINERS, confined, damaged, verdict, whole_file
+from crafted_videos import CRAFTED
 
 from fastvid.data import _decode
 from fastvid.data import video as module
@@ -32,65 +36,14 @@ def mpeg4(path, video):
         container.mux(stream.encode())
 
 
-def sound(path, codec):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
-        frame.sample_rate, frame.pts = 8000, 0
-        for packet in [*stream.encode(frame), *stream.encode()]:
-            container.mux(packet)
-
-
-def broken_file(folder, kind):
-    path = folder / f"{kind}.mp4"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "text":
-        path.write_text("not a video\n" * 50)
-    elif kind == "empty":
-        path.touch()
-    elif kind == "sound":
-        sound(path, "aac")
-    elif kind == "wave":
-        sound(folder / "wave.wav", "pcm_s16le")
-        (folder / "wave.wav").rename(path)
-    elif kind == "huge":
-        header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)  # a PNG: 8-bit RGB
-        chunks = [header, b"IDAT" + zlib.compress(bytes(10_000)), b"IEND"]
-        packed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-    elif kind in ("playlist", "list"):
-        write_video(folder / "other.mp4", moving(3))
-        playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"
-        path.write_text(playlist if kind == "playlist" else "ffconcat version 1.0\nfile other.mp4\n")
-    elif kind == "headless":
-        write_video(path, moving(6))
-        path.write_bytes(bytes(64) + path.read_bytes()[64:])
-    return path
-
-
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("missing", "no such file"),
-        ("folder", "is a folder"),
-        ("text", "cannot be read"),
-        ("empty", "0 bytes"),
-        ("sound", "no video stream"),
-        ("wave", "no video stream"),
-        ("huge", "huge.mp4"),
-        ("playlist", "cannot be read"),
-        ("list", "cannot be read"),
-        ("headless", "."),
-    ],
-)
-def test_what_is_no_video_is_one_line(tmp_path, kind, words):
-    path = broken_file(tmp_path, kind)
-    for read in (read_video, probe_video, count_frames):
-        with pytest.raises(VideoError) as caught:
-            read(path)
-        message = str(caught.value)
-        assert path.name in message and words in message and "\n" not in message
+@pytest.mark.parametrize("name", [name for name, (_, want) in CRAFTED.items() if isinstance(want, str)])
+def test_what_is_no_video_is_one_line_wherever_it_is_opened(tmp_path, name):
+    CRAFTED[name][0](tmp_path / name)
+    for read in (probe_video, count_frames):
+        try:
+            read(tmp_path / name)
+        except VideoError as error:
+            assert name in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("share", [0.97, 0.8, 0.5, 0.2])
@@ -139,44 +92,98 @@ def test_huge_frames_are_refused_before_decoding(tmp_path, monkeypatch):
 
 def test_failures_leave_no_file_open(tmp_path):
     write_video(tmp_path / "a.mp4", moving(6))
-    paths = [broken_file(tmp_path, kind) for kind in ("text", "sound", "headless")] + [tmp_path / "a.mp4"]
+    for name in ("text.mp4", "sound.mp4", "no_moov.mp4"):
+        CRAFTED[name][0](tmp_path / name)
     before = len(os.listdir("/proc/self/fd"))
-    for path in paths * 5:
+    for name in ["text.mp4", "sound.mp4", "no_moov.mp4", "a.mp4"] * 5:
         with pytest.raises(VideoError):
-            read_video(path, frames=7)
+            read_video(tmp_path / name, frames=7)
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def mutant(data: bytes, draw: random.Random) -> bytes:
-    data = bytearray(data)
-    kind, at = draw.randrange(5), draw.randrange(len(data))
-    if kind == 0:
-        return bytes(data[:at])
-    if kind == 1:
-        for _ in range(draw.randint(1, 8)):
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    if kind == 2:
-        data[at : at + 32] = draw.randbytes(len(data[at : at + 32]))
-    if kind == 3:
-        del data[at : at + draw.randint(1, 200)]
-    if kind == 4:
-        data[at:at] = draw.randbytes(draw.randint(1, 50))
-    return bytes(data)
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_file_is_read_right_or_refused(tmp_path, name):
+    make, want = CRAFTED[name]
+    make(tmp_path / name)
+    kind, words = verdict(tmp_path / name, None)
+    if want is None:
+        assert (kind, words) == ("read", "[6, 32, 48, 3]") or kind == "error", words
+    elif isinstance(want, str):
+        assert kind == "error" and want in words
+    else:
+        assert (kind, words) == ("read", str(list(want)))
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
-def test_mutants_give_all_frames_or_one_error(tmp_path, name):
-    write_video(tmp_path / name, moving(12, 32, 32))
-    whole = (tmp_path / name).read_bytes()
-    draw, outcomes = random.Random(7), []
-    for _ in range(40):
-        (tmp_path / f"mutant_{name}").write_bytes(mutant(whole, draw))
-        try:
-            back, fps = read_video(tmp_path / f"mutant_{name}")
-        except VideoError as error:
-            assert "\n" not in str(error) and f"mutant_{name}" in str(error)
-            outcomes.append("error")
-        else:
-            assert back.shape == (12, 32, 32, 3) and fps > 0
-            outcomes.append("read")
-    assert 5 < outcomes.count("error") < 40
+def test_an_unreadable_file_says_so(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving(2))
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_decode.av, "open", refused)  # the administrator may read everything
+    with pytest.raises(VideoError, match="a.mp4: cannot be read as video: Permission denied"):
+        read_video(tmp_path / "a.mp4")
+
+
+@pytest.fixture(scope="module", params=CONTAINERS)
+def whole(request, tmp_path_factory):
+    """An undamaged file and its frames."""
+    path = whole_file(tmp_path_factory.mktemp("whole"), request.param)
+    video = read_video(path)[0]
+    assert video.shape == (24, 48, 64, 3)
+    return path, video
+
+
+# GIF and H.264 carry no checksum: other pixels can still come out, but never another number of frames or size
+def test_damage_gives_all_frames_or_one_error(whole, tmp_path):
+    path, video = whole
+    told = Counter()
+    for number in range(8 * CONTAINERS.index(path.name), 8 * CONTAINERS.index(path.name) + 8):
+        what, data = damaged(path.read_bytes(), number)
+        (tmp_path / path.name).write_bytes(data)
+        kind, words = verdict(tmp_path / path.name, video)
+        assert kind in ("right", "error", "other pixels"), (number, what, kind, words)
+        told[kind] += 1
+    assert told["error"] >= 2 and (told["other pixels"] == 0 or path.name in ("a.gif", "a.mp4")), told
+
+
+def test_whole_files_of_all_kinds_pass_the_checks(whole):
+    assert verdict(*whole) == ("right", "")
+
+
+def test_the_child_that_judges_sees_crashes_and_hangs(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    assert confined(str(tmp_path / "a.mp4"), None)["verdict"] == "error"
+    monkeypatch.setattr(broken_videos, "read_video", lambda path: os.kill(os.getpid(), 9))
+    assert confined("a.mp4", None)["verdict"] == "crash"
+    monkeypatch.setattr(broken_videos, "SECONDS", 1)
+    monkeypatch.setattr(broken_videos, "read_video", lambda path: time.sleep(30))
+    assert confined("a.mp4", None)["verdict"] == "hang"
+
+
+@pytest.mark.long
+def test_200_damaged_and_all_crafted_videos_in_children_with_limits(tmp_path, capsys):
+    """Prints what became of them; the most memory and time that one took are beyond what the imports took."""
+    jobs = [(name, tmp_path / name, None) for name in CRAFTED]
+    for name, (make, _) in CRAFTED.items():
+        make(tmp_path / name)
+    for name in CONTAINERS:
+        path = whole_file(tmp_path, f"{name}")
+        torch.save(read_video(path)[0], tmp_path / f"{name}.pt")
+        for number in range(40):
+            what, data = damaged(path.read_bytes(), number)
+            target = tmp_path / f"{number}_{name}"
+            target.write_bytes(data)
+            jobs.append((name, target, tmp_path / f"{name}.pt"))
+    lines = "".join(json.dumps([str(path), frames and str(frames)]) + "\n" for _, path, frames in jobs)
+    judge = [sys.executable, broken_videos.__file__]
+    done = subprocess.run(judge, input=lines, capture_output=True, text=True, env=os.environ, check=True)
+    verdicts = [json.loads(line) for line in done.stdout.splitlines()]
+    counts = {name: Counter() for name in [*CONTAINERS, "crafted"]}
+    for (name, _, frames), told in zip(jobs, verdicts, strict=True):
+        counts[name if frames else "crafted"][told["verdict"]] += 1
+    with capsys.disabled():
+        for name, told in counts.items():
+            print(f"\n{name}: {dict(told)}", end="")
+        print(f"\nat most {max(t.get('mb', 0) for t in verdicts):.0f} MB and {max(t['s'] for t in verdicts):.2f} s")
+    assert {kind for told in counts.values() for kind in told} <= {"right", "read", "error", "other pixels"}
