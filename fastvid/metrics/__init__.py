@@ -1,4 +1,7 @@
-"""How close frames are to the truth, how many bits a code costs, and how sure a figure is."""
+"""How close frames are to the truth, how far a set of clips is from another, what a code costs, how sure a figure is.
+
+Networks that a metric needs come from `fastvid.weights`; nothing is loaded on import.
+"""
 
 from fastvid.metrics.best_of import BestOf, best_of
 from fastvid.metrics.codes import (
@@ -13,12 +16,16 @@ from fastvid.metrics.codes import (
     copy_bits,
     unigram,
 )
+from fastvid.metrics.frechet import Moments, bootstrap_frechet, frechet_distance, frechet_from_features
+from fastvid.metrics.i3d import I3D, I3DOutput, features, preprocess
+from fastvid.metrics.inception import inception_score
 from fastvid.metrics.interval import bootstrap_interval
 from fastvid.metrics.lpips import LPIPS
 from fastvid.metrics.pixel import psnr, ssim
 
 __all__ = [
-    "LPIPS", "BestOf", "CodebookUsage", "ContextFreeBits", "CopyBits", "best_of", "bits_per_code", "bits_per_dim",
-    "bootstrap_interval", "code_perplexity", "codebook_usage", "context_free_bits", "copy_bits", "psnr", "ssim",
-    "unigram",
+    "I3D", "LPIPS", "BestOf", "CodebookUsage", "ContextFreeBits", "CopyBits", "I3DOutput", "Moments", "best_of",
+    "bits_per_code", "bits_per_dim", "bootstrap_frechet", "bootstrap_interval", "code_perplexity", "codebook_usage",
+    "context_free_bits", "copy_bits", "features", "frechet_distance", "frechet_from_features", "inception_score",
+    "preprocess", "psnr", "ssim", "unigram",
 ]

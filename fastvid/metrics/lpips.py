@@ -60,9 +60,11 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS: `net` must be one of {', '.join(NETS)}, got {net!r}.")
         self.net, self.spatial = net, spatial
         for name, values in (_random_tensors(net) if tensors is None else _checked(net, tensors)).items():
+            values = values.detach().float()
             if values.ndim == 4:
                 values = values.permute(3, 2, 0, 1)  # [kh, kw, in, out] -> [out, in, kh, kw]
-            self.register_buffer(_key(name), values.detach().float().contiguous(), persistent=False)
+                values = values.contiguous(memory_format=torch.channels_last)  # a quarter less time on a CPU
+            self.register_buffer(_key(name), values, persistent=False)
 
     @classmethod
     def from_tensors(cls, net: str, tensors: dict[str, Tensor], spatial: bool = False) -> "LPIPS":
@@ -106,7 +108,7 @@ class LPIPS(nn.Module):
 
     def _features(self, frames: Tensor) -> Iterator[Tensor]:
         shift, scale = (frames.new_tensor(values).view(1, 3, 1, 1) for values in (SHIFT, SCALE))
-        x = (2 * frames - 1 - shift) / scale
+        x = ((2 * frames - 1 - shift) / scale).contiguous(memory_format=torch.channels_last)
         prefix, _, convs = NETS[self.net]
         for i, conv in enumerate(convs):
             if conv.pool:
