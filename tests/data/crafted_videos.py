@@ -136,7 +136,7 @@ CRAFTED = {
     "renamed.mp4": (_film(".webm"), SHAPE),
     "renamed.avi": (_film(".gif"), SHAPE),
     "a.gif": (_film(".gif"), SHAPE),
-    "ten_bit.mkv": (_encoded("libx265", "yuv420p10le", options={"x265-params": "log-level=none"}), SHAPE),
+    "ten_bit.mkv": (_encoded("libx264", "yuv420p10le"), SHAPE),
     "alpha.webm": (_encoded("libvpx-vp9", "yuva420p", "rgba", video=_with_alpha(SMALL)), SHAPE),
     "alpha.mov": (_encoded("qtrle", "argb", "rgba", video=_with_alpha(SMALL)), SHAPE),
     "alpha.png": (_encoded("png", "rgba", "rgba", video=_with_alpha(SMALL[:1]), muxer={"update": "1"}),
