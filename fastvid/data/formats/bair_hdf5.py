@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,6 @@ from fastvid.data._layouts import Layout, Size
 from fastvid.data.formats._shared import choose_split, lone_files
 from fastvid.data.video import READ_BYTES, fit_frames
 from fastvid.errors import DataError, VideoError
-
-if TYPE_CHECKING:
-    import h5py
 
 NAME = "BAIR robot pushing (VideoGPT's HDF5)"
 OPTIONS: dict[str, str] = {}
@@ -76,7 +72,8 @@ def _file(root: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _open(path: Path) -> "h5py.File":
+def _open(path: Path):
+    """An h5py.File; its annotations would need the package."""
     try:
         import h5py
     except ImportError as error:
@@ -87,7 +84,7 @@ def _open(path: Path) -> "h5py.File":
         raise DataError(f"{path}: cannot be opened as HDF5: {' '.join(str(error).split())}") from error
 
 
-def _array(file: "h5py.File", name: str, path: Path) -> "h5py.Dataset":
+def _array(file, name: str, path: Path):
     """An array that lies in this very file: links and outside storage could name any file of the machine."""
     import h5py
 
@@ -99,7 +96,7 @@ def _array(file: "h5py.File", name: str, path: Path) -> "h5py.Dataset":
     return array
 
 
-def _data(file: "h5py.File", split: str, path: Path) -> "h5py.Dataset":
+def _data(file, split: str, path: Path):
     array = _array(file, f"{split}_data", path)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or 0 in array.shape:
         raise DataError(f"{path}: {split}_data must be uint8 [frames, H, W, 3], got {array.dtype} {list(array.shape)}.")
@@ -110,7 +107,7 @@ def _data(file: "h5py.File", split: str, path: Path) -> "h5py.Dataset":
     return array
 
 
-def _starts(file: "h5py.File", split: str, path: Path, frames: int) -> list[int]:
+def _starts(file, split: str, path: Path, frames: int) -> list[int]:
     array = _array(file, f"{split}_idx", path)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not 1 <= len(array) <= frames:
         raise DataError(f"{path}: {split}_idx must be whole numbers [n], got {array.dtype} {list(array.shape)}.")
