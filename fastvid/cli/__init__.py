@@ -14,7 +14,7 @@ from fastvid.cli.train import Assemble, Train
 from fastvid.cli.use import Evaluate, Predict
 from fastvid.errors import FastvidError
 
-USAGE, INTERRUPTED = 2, 130  # exit codes
+USAGE, INTERRUPTED, UNREAD = 2, 130, 141  # exit codes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     arguments: what follows `fastvid`; None takes the process's own.
-    Returns:   0, 1 if a self-test fails, 2 for an error that the user can mend (one line on stderr), 130 after Ctrl-C.
+    Returns:   0, 1 if a self-test fails, 2 for an error that the user can mend (one line on stderr), 130 after
+               Ctrl-C, 141 where nobody reads the output any more, as behind `head`.
     Raises:    SystemExit for help and for arguments that do not parse (code 2); with FASTVID_TRACEBACK=1 the error
                itself.
     """
@@ -91,3 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print("fastvid: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # who read our output has gone, as `head` does; the interpreter's own flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD

@@ -23,6 +23,12 @@ from fastvid.weights import Weights
 SIDE, K = 32, 32
 
 
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch, tmp_path):
+    """Whatever weights this user has: with them more is measured."""
+    monkeypatch.setenv("FASTVID_WEIGHTS", str(tmp_path / "no weights"))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny predictor whose codebooks were drawn from real features, so that many codes are in use."""
@@ -305,8 +311,7 @@ def test_another_network_is_never_called_fvd(model, data, judged):
     assert "not FVD" in table(result) and "FVD," not in table(result)
 
 
-def test_missing_weights_are_said_or_refused(model, data, monkeypatch, tmp_path):
-    monkeypatch.setenv("FASTVID_WEIGHTS", str(tmp_path))
+def test_missing_weights_are_said_or_refused(model, data):
     result = evaluate(model, str(data), clips=2, samples=1)
     assert set(result["missing"]) == {"lpips", "fvd"} and "psnr_best" in result["figures"]
     assert "not measured: fvd: " in table(result) and "fastvid weights add" in table(result)
