@@ -84,17 +84,17 @@ def _plain_i3d(tensors, x, eps):
     return x.mean(dim=(2, 3, 4)), logits.mean(dim=(2, 3, 4))
 
 
-def test_agrees_with_the_plain_network(tensors):
+def test_agrees_with_the_plain_network(tensors, device):
     # 9 frames: odd in time twice on the way down; autocast must not reach the network
     clips = torch.rand(1, 3, 9, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
     pooled, logits = _plain_i3d(tensors, clips, eps=0.1)
-    i3d, before = I3D.from_tensors(tensors, eps=0.1), torch.backends.cudnn.conv.fp32_precision
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = i3d(clips)
+    i3d, before = I3D.from_tensors(tensors, eps=0.1).to(device), torch.backends.cudnn.conv.fp32_precision
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ours = i3d(clips.to(device))
     assert torch.backends.cudnn.conv.fp32_precision == before
     assert logits.std() > 0.1 and pooled.std() > 0.01  # the random network tells something
     for got, wanted in ((ours.pooled, pooled), (ours.logits, logits)):
-        assert got.shape == wanted.shape and float((got - wanted).norm() / wanted.norm()) < 2e-5
+        assert got.shape == wanted.shape and float((got.cpu() - wanted).norm() / wanted.norm()) < 2e-5
 
 
 def _black_and_white(T):
