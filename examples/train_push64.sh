@@ -21,8 +21,8 @@ fastvid data make push --out "$work/data" --split test --clips 256 --workers 2
 train vqvae --threads 2 --steps 1600 --batch-size 8 --learning-rate 1e-3 --warmup 30 --ema-decay 0.995
 
 prior=(--threads 1 --vqvae "$work/vqvae" --batch-size 16 --learning-rate 1.5e-3 --warmup 100 --ema-decay 0.998)
-train top "${prior[@]}" --steps 3000 &
-train bottom "${prior[@]}" --steps 3000
+train top "${prior[@]}" --steps 2400 &
+train bottom "${prior[@]}" --steps 2400
 wait $!
 
 fastvid assemble --vqvae "$work/vqvae" --top "$work/top" --bottom "$work/bottom" --half -o "$work/model"
