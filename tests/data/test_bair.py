@@ -282,7 +282,7 @@ def test_damaged_hdf5(tmp_path):
     path = hdf5(tmp_path / "a.h5")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="a.h5: cannot be opened as HDF5"):
+    with pytest.raises(DataError, match="a.h5: cannot be read as HDF5"):
         open_clips(path)
     path.write_bytes(b"hello, no HDF5")
     with pytest.raises(DataError, match="cannot be read"):

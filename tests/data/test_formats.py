@@ -1,10 +1,13 @@
 """How a data set is recognised, and what may follow its path."""
 
 import os
+import random
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from write_bair import framed, trajectory
 
 from fastvid.data import open_clips
 from fastvid.data.formats import FORMATS, named, parse_spec, sniff
@@ -135,3 +138,65 @@ def test_images_in_memory(tmp_path):
         with pytest.raises(VideoError, match="^a.png: ") as caught:
             decode_image(damaged, "a.png")
         assert "\n" not in str(caught.value)
+
+
+def tfrecords(path, clips):
+    records = []
+    for i, clip in enumerate(clips):
+        images = {"aux1": [frame.tobytes() for frame in clip]}
+        records.append(framed(trajectory(images, np.full((len(clip), 4), i), np.zeros((len(clip), 3)))))
+    path.write_bytes(b"".join(records))
+
+
+def frame_zip(path, clips):
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, clip in enumerate(clips):
+            for t, frame in enumerate(clip):
+                write_png(path.with_suffix(".png"), torch.from_numpy(frame))
+                archive.write(path.with_suffix(".png"), f"video{i}/frame{t}.png")
+
+
+def hdf5(path, clips):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'fastvid-torch[data]'")
+    with h5py.File(path, "w") as file:
+        file["train_data"] = np.concatenate(clips)
+        file["train_idx"] = np.arange(len(clips)) * len(clips[0])
+
+
+CONTAINERS = {
+    "traj_0_to_1.tfrecords": tfrecords, "a.zip": frame_zip, "a.h5": hdf5, "a.npy": np.save,
+    "a.npz": lambda path, clips: np.savez_compressed(path, train=clips, test=clips[:1]),
+}  # fmt: skip
+CHECKED = ("a.zip", "traj_0_to_1.tfrecords")  # every byte of a frame is under a checksum
+
+
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(draw.choice((len(whole), min(400, len(whole)))))
+    kind = draw.choice(("flip", "cut", "zero", "delete", "insert"))
+    if kind == "flip":
+        return whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+    if kind == "cut":
+        return whole[:at]
+    if kind == "zero":
+        return whole[:at] + bytes(min(16, len(whole) - at)) + whole[at + 16 :]
+    return whole[:at] + (draw.randbytes(8) if kind == "insert" else b"") + whole[at + 8 * (kind == "delete") :]
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_damage_is_an_error_of_one_line_or_harmless(tmp_path, name):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
+    CONTAINERS[name](tmp_path / name, clips)
+    whole, draw, errors = (tmp_path / name).read_bytes(), random.Random(name), 0
+    for _ in range(100):
+        (tmp_path / name).write_bytes(damaged(whole, draw))
+        try:
+            found = open_clips(tmp_path / name, "train")
+            read = [found.read(i) for i in range(min(2, len(found)))]
+        except (DataError, VideoError) as error:
+            assert "\n" not in str(error) and name in str(error)
+            errors += 1
+            continue
+        if name in CHECKED:
+            whole_frames = {frame.tobytes() for clip in clips for frame in clip}
+            assert all(frame.numpy().tobytes() in whole_frames for clip in read for frame in clip)
+    assert errors > 30

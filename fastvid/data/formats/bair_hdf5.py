@@ -1,6 +1,8 @@
 """BAIR robot pushing as VideoGPT converts it, and other data sets in its form: one HDF5 file with both splits."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from fastvid.data._decode import FRAME_PIXELS
 from fastvid.data._layouts import Layout, Size
 from fastvid.data.formats._shared import choose_split, lone_files
 from fastvid.data.video import READ_BYTES, fit_frames
-from fastvid.errors import DataError, VideoError
+from fastvid.errors import DataError, FastvidError, VideoError
 
 NAME = "BAIR robot pushing (VideoGPT's HDF5)"
 OPTIONS: dict[str, str] = {}
@@ -19,6 +21,8 @@ OPTIONS: dict[str, str] = {}
 SUFFIXES = (".hdf5", ".h5")
 MAGIC = b"\x89HDF\r\n\x1a\n"
 SPLITS = ("train", "test")
+# h5py's exceptions for damage, depending on the place of it
+BROKEN = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 
 
 def recognise(root: Path) -> str | None:
@@ -60,8 +64,8 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
         try:
             with _open(path) as file:
                 clip = torch.from_numpy(_data(file, own, path)[first : first + count])  # [T, H, W, 3]
-        except (OSError, RuntimeError, DataError) as error:
-            raise VideoError(f"{path}, {own} clip {i}: cannot be read: {' '.join(str(error).split())}") from error
+        except DataError as error:
+            raise VideoError(f"{own} clip {i}: {error}") from error
         return fit_frames(clip, *size)[0] if size else clip
 
     return Layout([f"{own}/{i}" for i in range(len(starts))], lengths, load, words, [])
@@ -72,16 +76,20 @@ def _file(root: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _open(path: Path):
-    """An h5py.File; its annotations would need the package."""
+@contextmanager
+def _open(path: Path) -> Iterator:
+    """An h5py.File; whatever the package finds wrong with it inside becomes one DataError."""
     try:
         import h5py
     except ImportError as error:
         raise DataError(f"{path}: HDF5 needs the package h5py; pip install 'fastvid-torch[data]'.") from error
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened as HDF5: {' '.join(str(error).split())}") from error
+        with h5py.File(path, "r") as file:
+            yield file
+    except FastvidError:
+        raise
+    except BROKEN as error:
+        raise DataError(f"{path}: cannot be read as HDF5: {' '.join(str(error).split())}") from error
 
 
 def _array(file, name: str, path: Path):
@@ -111,10 +119,7 @@ def _starts(file, split: str, path: Path, frames: int) -> list[int]:
     array = _array(file, f"{split}_idx", path)
     if array.ndim != 1 or array.dtype.kind not in "iu" or not 1 <= len(array) <= frames:
         raise DataError(f"{path}: {split}_idx must be whole numbers [n], got {array.dtype} {list(array.shape)}.")
-    try:
-        starts = array[:].astype(np.int64).tolist()
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: {split}_idx cannot be read: {' '.join(str(error).split())}") from error
+    starts = array[:].astype(np.int64).tolist()
     rising = all(a < b for a, b in zip(starts, starts[1:], strict=False))
     if not rising or starts[0] < 0 or starts[-1] >= frames:
         raise DataError(f"{path}: {split}_idx must rise and stay from 0 to below {frames}, the frames of {split}_data.")

@@ -4,6 +4,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ OPTIONS = {
 MAGICS = {".npy": b"\x93NUMPY", ".npz": b"PK\x03\x04"}
 SPLITS = ("train", "val", "valid", "validation", "test")
 PUBLISHED = "mnist_test_seq"
-BROKEN = (OSError, ValueError, OverflowError, TypeError, MemoryError)  # of a header that says nonsense
+# what NumPy raises for a header that says nonsense
+BROKEN = (OSError, ValueError, KeyError, OverflowError, TypeError, MemoryError, SyntaxError, TokenError)
 
 
 def recognise(root: Path) -> str | None:
