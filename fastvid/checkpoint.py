@@ -272,7 +272,7 @@ def _damaged(file: Path, culprit: str) -> CheckpointError:
 def _read_part(file: Path, entry: dict, entries: dict[str, dict], verify: bool) -> dict[str, Tensor]:
     try:
         # read, not mapped: what is hashed here is what the model gets, whatever becomes of the file meanwhile
-        data = file.read_bytes()
+        data = _contents(file, entry["bytes"])
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
     whole = not verify or _digest(data) == entry["sha256"]
@@ -301,27 +301,42 @@ def _check_tensor(file: Path, name: str, tensor: Tensor, entry: dict, verify: bo
             f"{file}: tensor {name!r} is {list(tensor.shape)} {tensor.dtype} where the manifest says "
             f"{entry['shape']} {entry['dtype']}."
         )
+    if tensor.dtype == torch.bool and tensor.numel() and tensor.view(torch.uint8).max() > 1:
+        raise CheckpointError(f"{file}: tensor {name!r} has truth values other than 0 and 1.")
     if verify and _tensor_digest(tensor) != entry["sha256"]:
         raise CheckpointError(f"{file}: tensor {name!r} does not match its sha256.")
 
 
 def _json_data(file: Path) -> bytes:
-    if _regular_size(file) > JSON_LIMIT:
+    size = _regular_size(file)
+    if size > JSON_LIMIT:
         raise CheckpointError(f"{file}: is larger than {JSON_LIMIT} bytes, which no {file.name} is.")
     try:
-        return file.read_bytes()
+        return _contents(file, size)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
 
 
 def _parsed(file: Path, data: bytes) -> dict:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_without_twins, parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: wanted a JSON object, got a {type(value).__name__}.")
     return value
+
+
+def _without_twins(pairs: list[tuple]) -> dict:
+    """A JSON object; of two entries under one name another reader might take the other."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"the name {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice")
+    return value
+
+
+def _not_a_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
 
 
 def _regular_size(file: Path) -> int:
@@ -332,6 +347,12 @@ def _regular_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file}: is not a regular file.")
     return status.st_size
+
+
+def _contents(file: Path, size: int) -> bytes:
+    """The file, of which no more is taken than was seen before, should it grow meanwhile."""
+    with open(file, "rb") as handle:
+        return handle.read(size)
 
 
 def _digest(data: bytes) -> str:

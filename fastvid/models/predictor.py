@@ -12,7 +12,7 @@ from fastvid.checkpoint import has_folder, load_folder, read_config, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.models.bottom_prior import ABSENT, BottomPrior
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE
-from fastvid.models.registry import build
+from fastvid.models.registry import rebuild
 from fastvid.models.stages import Ledger, Report, Stages
 from fastvid.models.top_prior import TopPrior
 from fastvid.nn import GatedPixelStack
@@ -209,8 +209,10 @@ def load(name: str | Path) -> VideoPredictor:
     """
     path = _known_folder(name)
     tensors, config = load_folder(path)
-    parts = [build(kind, config[kind], fresh=False) for kind in _parts_of(config, path)]
-    return _fill(VideoPredictor(*parts, size=config["size"]), tensors, path)
+    kinds, size = _parts_of(config, path), _size_of(config, path)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    parts = [rebuild(kind, config.get(kind), stored, path) for kind in kinds]
+    return _fill(VideoPredictor(*parts, size=size), tensors, path)
 
 
 def frame_size(name: str | Path) -> tuple[int, int]:
@@ -218,7 +220,7 @@ def frame_size(name: str | Path) -> tuple[int, int]:
     path = _known_folder(name)
     config = read_config(path)
     _parts_of(config, path)
-    return tuple(config["size"])
+    return _size_of(config, path)
 
 
 def _known_folder(name: str | Path) -> Path:
@@ -234,6 +236,13 @@ def _parts_of(config: dict, path: Path) -> tuple[str, ...]:
     if config.get("kind") != "predictor":
         raise CheckpointError(f"{path}: wanted a predictor, got kind {config.get('kind')!r}; assemble one first.")
     return "vqvae", "top", "bottom"
+
+
+def _size_of(config: dict, path: Path) -> tuple[int, int]:
+    size = config.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and n > 0 and n % 8 == 0 for n in size):
+        raise CheckpointError(f"{path}: wanted a size [H, W] in multiples of 8 in its config, got {size!r:.80}.")
+    return tuple(size)
 
 
 def model_folder(name: str | Path) -> Path:
@@ -266,7 +275,8 @@ def load_part(kind: str, path: str | Path) -> tuple[nn.Module, Path]:
     tensors, config = load_folder(folder)
     if config.get("kind") != kind:
         raise CheckpointError(f"{folder}: wanted a {kind}, it is of kind {config.get('kind')!r}; give its run folder.")
-    model = build(kind, {name: value for name, value in config.items() if name != "kind"}, fresh=False)
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    model = rebuild(kind, {name: value for name, value in config.items() if name != "kind"}, stored, folder)
     return _fill(model, tensors, folder), folder
 
 
