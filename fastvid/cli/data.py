@@ -25,11 +25,20 @@ class DataMake:
     """The first clip's place in the split."""
     workers: int = 1
     """Processes."""
+    format: Literal["mp4", "bair"] = "mp4"
+    """A lossless video a clip, or, for push, TFRecords as BAIR's, with actions and the gripper's places."""
 
     def run(self) -> None:
         """Make the clips. Raises FastvidError."""
         from fastvid.data.make import make_clips
+        from fastvid.data.make_bair import make_bair
+        from fastvid.errors import UsageError
 
+        if self.format == "bair":
+            if self.kind != "push" or self.workers != 1:
+                raise UsageError(f"--format bair is for push and one worker, got {self.kind} and {self.workers}.")
+            make_bair(self.out, self.clips, self.frames, self.split, self.first)
+            return
         make_clips(self.kind, self.out, self.clips, self.frames, self.split, self.first, self.workers)
 
 
