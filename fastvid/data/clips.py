@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos, natural_key
 from fastvid.data.formats import FOLDER, check_options, open_known, parse_spec
+from fastvid.data.video import READ_BYTES
 from fastvid.errors import DataError, VideoError
 
 __all__ = ["GENERATORS", "ClipWindows", "Clips", "natural_key", "open_clips"]
@@ -138,7 +139,8 @@ class ClipWindows:
     seed:       of the random draws. stride: random windows start at multiples of it.
     cache_bytes: decoded clips are kept in memory as uint8 up to this many bytes.
     bad:        numbers of the clips that could not be decoded so far.
-    Raises:     DataError if no clip is long enough, and later if more than 5 in 100 clips cannot be decoded.
+    Raises:     DataError if no clip is long enough, and later if more than 5 in 100 of those that are long enough
+                cannot be decoded.
     """
 
     def __init__(
@@ -227,12 +229,14 @@ class ClipWindows:
     def leave_out(self, clip: int) -> None:
         """Take a clip for undecodable that an earlier run has named so: `try_at` gives None, nothing is said again.
 
-        clip:    clip number from 0.
-        Raises:  DataError for a clip outside the data set.
+        clip:    clip number from 0; one that is too short for a window is left out already.
+        Raises:  DataError for a clip outside the data set, and if more than 5 in 100 clips are out.
         """
         if not 0 <= clip < len(self.clips):
             raise DataError(f"clip {clip} is to be left out, but there are {len(self.clips)}.")
-        self.bad.add(clip)
+        if self.clips.lengths[clip] >= self.span:
+            self.bad.add(clip)
+            self._check_share(f"{self.clips.names[clip]}, as an earlier run found")
 
     def describe(self) -> str:
         """The data set, the windows, and what was skipped.
@@ -264,16 +268,20 @@ class ClipWindows:
     def _drop(self, clip: int, error: VideoError) -> None:
         self.bad.add(clip)
         self.skipped.append((self.clips.names[clip], str(error)))
-        if len(self.bad) > MAX_BAD_SHARE * len(self.clips):
-            raise DataError(f"{len(self.bad)} of {len(self.clips)} clips cannot be decoded, now: {error}") from error
+        self._check_share(error)
         warnings.warn(f"clip skipped: {error}", stacklevel=5)
+
+    def _check_share(self, now: VideoError | str) -> None:
+        # of the usable ones: where few of many clips are long enough, all of them may be bad, and draws would not end
+        if len(self.bad) > MAX_BAD_SHARE * len(self.usable):
+            raise DataError(f"{len(self.bad)} of {len(self.usable)} clips cannot be decoded, now: {now}")
 
     def _keep(self, clip: int) -> None:
         """Decode and cache a whole clip if the budget has room for it; either way decode all of it once."""
         frames = self.clips.lengths[clip]
         height, width = self.size or self.clips.read(clip, 0, 1).shape[1:3]
         size = frames * height * width * 3
-        if self._cached_bytes + size <= self.cache_bytes:
+        if size <= READ_BYTES and self._cached_bytes + size <= self.cache_bytes:
             self._cache[clip] = self.clips.read(clip, 0, frames, self.size)
             self._cached_bytes += size
         else:

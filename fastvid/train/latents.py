@@ -78,11 +78,12 @@ def encode_windows(vqvae: nn.Module, windows, key: str, every: int = 4, batch_si
     was_training = vqvae.training
     vqvae.eval()
     parts, bad = [], {}
+    count = len({clip for clip, _ in places})
     with tqdm(total=len(places), unit="window", desc="encoding", mininterval=1) as bar:
         for start in range(0, len(places), batch_size):
             chosen = places[start:start + batch_size]
             clips = _read_windows(windows, chosen, bad)
-            if len(bad) > MAX_BAD_SHARE * len({clip for clip, _ in places}):
+            if len(bad) > MAX_BAD_SHARE * count:
                 raise DataError(f"{len(bad)} clips cannot be decoded, the last: {list(bad.values())[-1]}")
             if clips:
                 parts.append(_encode(vqvae, torch.stack(clips)))

@@ -238,6 +238,27 @@ def test_too_many_bad_clips_stop_the_work(tmp_path):
             windows.batch(step, 8)
 
 
+def test_bad_clips_are_counted_among_those_that_are_long_enough(tmp_path):
+    folder_of_clips(tmp_path, 30, frames=4, height=8, width=8)
+    write_video(tmp_path / "long.mp4", clip(1), lossless=True)
+    damage(tmp_path / "long.mp4")
+    windows = ClipWindows(open_clips(tmp_path), frames=8, size=None)
+    with pytest.raises(DataError, match="1 of 1 clips cannot be decoded.*long.mp4"):
+        windows.batch(0, 2)
+    windows = ClipWindows(open_clips(tmp_path), frames=8, size=None)
+    windows.leave_out(3)
+    with pytest.raises(DataError, match="1 of 1 clips cannot be decoded.*long.mp4, as an earlier run"):
+        windows.leave_out(30)
+
+
+def test_a_clip_too_large_to_be_read_at_once_is_read_in_windows(tmp_path, monkeypatch):
+    for module in ("clips", "video"):
+        monkeypatch.setattr(f"fastvid.data.{module}.READ_BYTES", 10 * 16 * 16 * 3)
+    windows = ClipWindows(open_clips(folder_of_clips(tmp_path, 1)), frames=4, size=None)
+    assert torch.equal(windows.at(0, 9), clip(0)[9:13])
+    assert windows.batch(0, 3).shape == (3, 4, 16, 16, 3) and windows.skipped == []
+
+
 def test_clips_of_unequal_size_need_a_size(tmp_path):
     write_video(tmp_path / "a.mp4", clip(1, 8, 16, 16))
     write_video(tmp_path / "b.mp4", clip(2, 8, 24, 16))
