@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -68,6 +70,7 @@ def watched(task, out: Path, rank: int):
 
 def killed_run(out: Path, kind: str, steps: int, kills: int, seed: int) -> int:
     """Train with `kills` kills at random steps and moments, going on after each; returns the kills."""
+    import_module("torch._dynamo")  # two seconds in every child, if the optimizer is left to do it
     dice, hits = random.Random(seed), 0
     victims = sorted(dice.sample(range(steps - 5), kills))
     for step in [*victims, None]:
@@ -88,6 +91,23 @@ def killed_run(out: Path, kind: str, steps: int, kills: int, seed: int) -> int:
     return hits
 
 
+def become_ranks(world: int) -> None:
+    """Return in `world` forked processes, each with what torchrun would announce to it."""
+    import_module("torch._dynamo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    os._exit(int(any(statuses)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -96,8 +116,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--ranks", type=int, default=0, help="processes to become, without torchrun")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.ranks:
+        become_ranks(args.ranks)
     if args.kills:
         print(json.dumps({"hits": killed_run(args.out, args.task, args.steps, args.kills, args.seed)}))
         return

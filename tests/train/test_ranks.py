@@ -1,4 +1,4 @@
-"""Two processes under torchrun, on the CPU."""
+"""Two processes on the CPU: once under torchrun, else forked by the program, which imports torch once for both."""
 
 import csv
 import socket
@@ -27,6 +27,11 @@ def torchrun(out: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
+def two_processes(out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, PROGRAM, str(out), "--ranks", "2", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+
 def losses(out: Path) -> list[float]:
     with open(out / "log.csv", newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
@@ -38,16 +43,16 @@ def test_codebooks_are_bit_identical_between_processes_at_every_step(tmp_path):
     first, second = ((tmp_path / f"rank{r}.txt").read_text().splitlines() for r in (0, 1))
     assert first == second and len(first) == 20 and len(set(first)) == 20
     assert load_parts(tmp_path / "run" / "checkpoint")[1]["step"] == 20
-    resumed = torchrun(tmp_path / "run", "--task", "vqvae", "--steps", "24", "--resume")
+    resumed = two_processes(tmp_path / "run", "--task", "vqvae", "--steps", "24", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    whole = torchrun(tmp_path / "whole", "--task", "vqvae", "--steps", "24")
+    whole = two_processes(tmp_path / "whole", "--task", "vqvae", "--steps", "24")
     assert whole.returncode == 0, whole.stderr
     a, b = (load_parts(tmp_path / name / "checkpoint")[0] for name in ("run", "whole"))
     assert all(torch.equal(t, b[part][name]) for part, ts in a.items() for name, t in ts.items())
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
-    done = torchrun(tmp_path / "two", "--task", "lean", "--steps", "30")
+    done = two_processes(tmp_path / "two", "--task", "lean", "--steps", "30")
     assert done.returncode == 0, done.stderr
     train(make_task("lean"), replace(OPTIONS, steps=30), tmp_path / "one")
     for rank in (0, 1):
@@ -58,7 +63,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
 
 def test_processes_that_drift_apart_are_stopped(tmp_path):
     """The net's running mean is not reduced over the processes, as a careless layer's would not be."""
-    done = torchrun(tmp_path / "run", "--task", "net", "--steps", "20")
+    done = two_processes(tmp_path / "run", "--task", "net", "--steps", "20")
     assert done.returncode != 0
     assert "the processes drifted apart in mean" in done.stderr
 
