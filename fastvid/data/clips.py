@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos, natural_key
 from fastvid.data.formats import FOLDER, check_options, open_known, parse_spec
+from fastvid.data.formats._shared import OTHER_NAMES, choose_split
 from fastvid.data.video import READ_BYTES
 from fastvid.errors import DataError, VideoError
 
@@ -18,6 +19,8 @@ NOMINAL_FRAMES = 30
 CACHE_BYTES = 4 << 30
 MAX_BAD_SHARE = 0.05
 MAX_LINES = 20
+MAX_NAME = 200  # letters of a path in a message on a path that is too long
+DIVIDING = {"train", "training", "test", "testing"}  # a folder val/ alone does not make the others no clips
 
 
 class Clips:
@@ -77,9 +80,10 @@ def open_clips(
 
     spec:    a data set as it is published (BAIR, Kinetics, UCF-101, Moving MNIST, ...: `fastvid.data.formats`); a
              video file; a folder of videos, at any depth; a folder of folders of frames (png, jpg, bmp, webp, in
-             natural order); either with train/ and test/ below; or the name of a generator: digits, push, dino
-             (write ./push for a folder of that name). Options of a format follow a question mark:
-             "kinetics?csv=val.csv&split=val"; format=NAME takes a format by name, format=folder none.
+             natural order); either with train/ and test/ below, or val/, which counts as test where that is missing;
+             or the name of a generator: digits, push, dino (write ./push for a folder of that name). Options of a
+             format follow a question mark: "kinetics?csv=val.csv&split=val"; format=NAME takes a format by name,
+             format=folder none.
     split:   "train" or "test": the split of that meaning, whatever the data set calls it, or the generator's range
              of seeds; None means train where there are splits. A split in the spec, in the set's own words, goes
              before it. A data set that is not divided gives all its clips.
@@ -89,6 +93,13 @@ def open_clips(
     """
     if split not in (None, "train", "test"):
         raise DataError(f"split must be train, test or None, got '{split}'.")
+    try:
+        return _opened(spec, split, frames, size)
+    except OSError as error:  # a name too long for the disk, a folder that may not be listed
+        raise DataError(f"{str(spec)[:MAX_NAME]}: cannot be opened: {error.strerror or error}.") from error
+
+
+def _opened(spec: str | Path, split: str | None, frames: int, size: Size) -> Clips:
     place, options = parse_spec(spec)
     split = options.get("split", split)
     if place in GENERATORS:
@@ -117,15 +128,15 @@ def _plain(root: Path, split: str | None) -> Layout:
     if not root.is_dir():
         raise DataError(f"{root}: is neither a file nor a folder.")
     found = f"{FOLDER} {root}"
-    if split and split not in ("train", "test") and not (root / split).is_dir():
+    known = [name for names in OTHER_NAMES.values() for name in names]
+    splits = [name for name in dict.fromkeys((*known, split)) if name and (root / name).is_dir()]
+    named = split not in (None, "train", "test")
+    if named and not splits:
         raise DataError(f"{root}: no folder {split}/ below it for split={split}.")
-    splits = [name for name in dict.fromkeys(("train", "test", split)) if name and (root / name).is_dir()]
-    if splits:
-        split = split or splits[0]
-        if split not in splits:
-            raise DataError(f"{root}: has {splits[0]}/ but no {split}/ folder.")
-        root, found = root / split, f"{FOLDER} {root}, split {split}"
-    elif split:
+    if named or DIVIDING & set(splits):
+        own, words = choose_split(root, split, splits)
+        return from_folder(root / own, f"{found}, {words}")
+    if split:
         found += f" (no train/ and test/ below, so all clips count as {split})"
     return from_folder(root, found)
 

@@ -85,10 +85,28 @@ def test_splits_are_picked_by_name(tmp_path):
     with pytest.raises(DataError, match="split must be"):
         open_clips(tmp_path, "validation")
     os.rename(tmp_path / "test", tmp_path / "train" / "more")
-    with pytest.raises(DataError, match="has train/ but no test/"):
+    with pytest.raises(DataError, match="no split 'test' in it; there are: train"):
         open_clips(tmp_path, "test")
     clips = open_clips(tmp_path / "train", "test")
     assert len(clips) == 5 and "all clips count as test" in clips.describe()
+
+
+def test_validation_counts_as_test_where_no_test_is_there(tmp_path):
+    for name, count in (("train", 3), ("val", 2)):
+        folder_of_clips(tmp_path / name, count, frames=2)
+    assert [len(open_clips(tmp_path, split)) for split in (None, "train", "test")] == [3, 3, 2]
+    assert "split val (as test)" in open_clips(tmp_path, "test").describe()
+    assert len(open_clips(f"{tmp_path}?split=validation")) == 2
+    os.rename(tmp_path / "train", tmp_path / "walks")
+    assert len(open_clips(tmp_path)) == 5 and "all clips count as test" in open_clips(tmp_path, "test").describe()
+
+
+@pytest.mark.parametrize("spec", ["{}/" + "a" * 5000, "{}?split=" + "a" * 5000, "{}?format=kinetics&csv=" + "a" * 5000])
+def test_names_that_are_too_long_are_one_line(tmp_path, spec):
+    folder_of_clips(tmp_path, 1, frames=2)
+    with pytest.raises(DataError, match="cannot be opened: File name too long") as caught:
+        open_clips(spec.format(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_unusable_files_are_skipped_and_named(tmp_path):

@@ -69,8 +69,10 @@ def test_a_split_in_the_spec_goes_before_the_callers(tmp_path):
     assert open_clips(f"{tmp_path}?split=val", "test").names == ["val.mp4"]
     assert "split val" in open_clips(f"{tmp_path}?split=val", "test").describe()
     assert set(open_clips("digits?split=test", "train").names) == set(open_clips("digits", "test").names)
-    with pytest.raises(DataError, match="no folder dev/ below it"):
+    with pytest.raises(DataError, match="no split 'dev' in it; there are: train, test, val"):
         open_clips(f"{tmp_path}?split=dev")
+    with pytest.raises(DataError, match="no folder dev/ below it"):
+        open_clips(f"{tmp_path}/val?split=dev")
 
 
 def test_a_format_by_name_or_none(tmp_path):

@@ -124,6 +124,25 @@ def test_without_a_list_folders_divide_the_clips(tmp_path, put):
     assert len(flat) == 1 and "all clips count as test" in flat.describe()
 
 
+@pytest.mark.parametrize(
+    "train, val", [("train_256", "val_256"), ("videos_train", "videos_val"), ("video_training_320", "rawframes_valid")]
+)
+def test_folders_that_scripts_make_divide_the_clips(tmp_path, put, train, val):
+    put(f"{train}/aaaaaaaaaaa_000000_000010.mp4", 2)
+    put(f"{val}/bbbbbbbbbbb_000000_000010.mp4", 3)
+    put("unrestrained_trainings/ccccccccccc_000000_000010.mp4", 4)
+    assert (open_clips(tmp_path).lengths, open_clips(tmp_path, "test").lengths) == ([2], [3])
+
+
+def test_videos_called_otherwise_are_counted(tmp_path, put):
+    put("aaaaaaaaaaa_000000_000010.mp4", 2)
+    assert "left aside" not in open_clips(tmp_path).describe()
+    for name in ("holiday.mp4", "more/cat.mp4", "more/.hidden.mp4"):
+        put(name, 3)
+    assert "(2 other videos left aside; ?format=folder takes all)" in open_clips(tmp_path).describe()
+    assert len(open_clips(f"{tmp_path}?format=folder")) == 3
+
+
 def test_a_clip_counts_once(tmp_path, put):
     rows(tmp_path / "train.csv", ["x", "a" * 11, 0, 10, "train"], ["x", "a" * 11, 20, 30, "train"],
          ["x", "b" * 11, 0, 10, "train"], ["x", "b" * 11, 0, 10, "train"])  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastvid.data import open_clips
-from fastvid.data.video import fit_frames
+from fastvid.data.video import fit_frames, write_video
 from fastvid.errors import DataError
 
 
@@ -70,6 +70,22 @@ def test_a_file_a_split(tmp_path):
     assert [len(open_clips(tmp_path, split)) for split in (None, "train", "test")] == [3, 3, 2]
     assert "split val (as test)" in open_clips(tmp_path, "test").describe()
     assert len(open_clips(f"{tmp_path}?split=val", "train")) == 2
+
+
+def test_other_arrays_beside_the_splits_are_left_aside(tmp_path):
+    for name, count in (("train", 3), ("test", 2), ("labels", 1), ("mean", 1)):
+        np.save(tmp_path / f"{name}.npy", noise(count, 4, 8, 8))
+    assert [len(open_clips(tmp_path, split)) for split in ("train", "test")] == [3, 2]
+
+
+@pytest.mark.parametrize("name", ["flow.npy", "features.npz", "index.h5"])
+def test_an_array_does_not_claim_a_folder_of_films(tmp_path, name):
+    clip = tmp_path / "clips" / "season" / "day" / "a.mp4"
+    clip.parent.mkdir(parents=True)
+    write_video(clip, torch.zeros(3, 16, 16, 3, dtype=torch.uint8))
+    magic = {"npy": b"\x93NUMPY", "npz": b"PK\x03\x04", "h5": b"\x89HDF\r\n\x1a\n"}
+    (tmp_path / name).write_bytes(magic[name.rpartition(".")[2]])
+    assert open_clips(tmp_path).names == ["clips/season/day/a.mp4"]
 
 
 def test_npz(tmp_path):

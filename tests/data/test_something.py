@@ -1,12 +1,14 @@
 """Something-Something: webm by json, folders of frames by csv, labels kept, what is missing named."""
 
 import json
+import os
 
 import pytest
 import torch
 from PIL import Image
 
 from fastvid.data import open_clips
+from fastvid.data.formats import something
 from fastvid.data.video import read_video, write_video
 from fastvid.errors import DataError
 
@@ -127,9 +129,29 @@ def test_version_1_has_folders_and_csv(first):
 
 
 def test_without_a_list_every_clip_is_one_split(first):
+    for path in first.glob("*.csv"):
+        path.unlink()
     clips = open_clips(first / "20bn-something-something-v1", "test")
     assert clips.names == ["9", "10", "11"] and "no list of clips there" in clips.describe()
     assert clips.labels is None and "count as test" in clips.describe()
+
+
+def test_the_folder_of_clips_finds_the_lists_above_it(root, first):
+    clips = open_clips(root / "videos")
+    assert clips.names == ["100218.webm", "2.webm"] and "Something-Something" in clips.describe()
+    assert open_clips(root / "videos", "test").lengths == [5]
+    assert open_clips(first / "20bn-something-something-v1", "test").names == ["11"]
+
+
+def test_lists_are_found_among_more_clips_than_are_looked_at(tmp_path, films):
+    for number in range(100, 170):
+        (tmp_path / f"{number}.webm").touch()
+    (tmp_path / "7.webm").write_bytes(films[5])
+    (tmp_path / "train.json").write_text(json.dumps(VALIDATION))
+    assert something.recognise(tmp_path) == "holds train.json" and open_clips(tmp_path).names == ["7.webm"]
+    os.unlink(tmp_path / "train.json")
+    os.mkfifo(tmp_path / "train.json")
+    assert something.recognise(tmp_path) is None
 
 
 def test_numbered_videos_alone_are_a_plain_folder(tmp_path, films):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastvid.data import open_clips
+from fastvid.data.formats import stylegan_v
 from fastvid.data.video import fit_frames
 from fastvid.errors import DataError, VideoError
 
@@ -75,6 +76,33 @@ def test_splits(tmp_path, place, prefix):
     assert torch.equal(clips.read(0), pixels(images(7, 3, "PNG")))
     with pytest.raises(DataError, match="no split 'other' in it; there are: train, val"):
         open_clips(f"{source}?split=other")
+
+
+def test_folders_with_other_things_in_them_are_not_stylegan_v(tmp_path):
+    unpacked(tmp_path, members())
+    assert "it holds video2/frame" in stylegan_v.recognise(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert stylegan_v.recognise(tmp_path)
+    (tmp_path / "walk").mkdir()
+    assert stylegan_v.recognise(tmp_path) is None
+    (tmp_path / "walk").rmdir()
+    (tmp_path / "holiday.mp4").touch()
+    assert stylegan_v.recognise(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("leftImg8bit_sequence/val/ulm/ulm_000000_000012_leftImg8bit.png", "frames of Cityscapes .ulm_000000_000012"),
+        ("sky_train/a/b/b_frames_00000012.jpg", "frames of Sky Time-lapse .b_frames_00000012"),
+        ("films/cat.MP4", "videos .cat.MP4"),
+    ],
+)
+def test_zips_of_other_formats_say_what_to_do(tmp_path, name, told):
+    path = packed(tmp_path / "set.zip", {"readme.txt": b"hello", name: images(1, 1)[0]})
+    with pytest.raises(DataError, match=f"set.zip: holds {told}.*unpack it and name the folder"):
+        open_clips(path)
 
 
 def test_any_zip_of_folders_of_images_and_what_else_lies_in_it(tmp_path):

@@ -185,8 +185,20 @@ def test_folders_may_divide_the_clips(tmp_path, films):
 def test_a_group_on_both_sides_is_refused(root):
     with (root / "ucfTrainTestlist" / "testlist01.txt").open("a") as file:
         file.write("Archery/v_Archery_g08_c02.avi\n")
-    with pytest.raises(DataError, match="g08_c01.avi .trainlist01.*g08_c02.avi .testlist01"):
+    with pytest.raises(DataError, match="g08_c01.avi .trainlist01.*g08_c02.avi .testlist01.*split=all.*format=folder"):
         open_clips(root)
+    assert len(open_clips(f"{root}?split=all")) == len(open_clips(f"{root}?format=folder")) == 5
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
+def test_clips_in_another_container_are_those_of_the_lists(root, suffix):
+    for path in sorted((root / "UCF-101").rglob("*.avi")):
+        path.rename(path.with_suffix(f".{suffix}"))
+    (root / "UCF-101" / "Archery" / "trailer.avi").write_bytes(b"")
+    train = open_clips(root)
+    assert (train.lengths, open_clips(root, "test").lengths) == ([4, 5, 7], [3, 6])
+    assert train.names[0].endswith(f"v_Archery_g08_c01.{suffix}") and train.skipped == []
+    assert "(1 other video left aside; ?format=folder takes all)" in train.describe()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -19,6 +19,7 @@ OTHER_NAMES = {
     "val": ("val", "validation", "validate", "valid"),
     "validation": ("validation", "val", "validate", "valid"),
 }
+DEEP = 5  # levels searched for clips before an array beside them is taken for the data set
 _MAGIC = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}
 _ENDS = {"mjpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}  # FFmpeg does not miss them
 
@@ -102,10 +103,20 @@ def lone_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     if root.is_file():
         return [root] if root.suffix.lower() in suffixes else []
-    if any(name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)) for name in peek(root, 2)):
+    if any(name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)) for name in peek(root, DEEP)):
         return []
     files = [root / name for name in peek(root, 1) if name.lower().endswith(tuple(suffixes))]
     return [path for path in files if path.is_file()]
+
+
+def is_video(name: str) -> bool:
+    """Whether a file is a video by its name, and not hidden."""
+    return name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
+
+
+def others_note(count: int) -> str:
+    """Words for `found` on videos that are not called as the format calls them; empty for none."""
+    return f" ({count} other video{'s' * (count != 1)} left aside; ?format=folder takes all)" if count else ""
 
 
 def check_any(root: Path, usable: Sequence, skipped: list[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ OPTIONS = {"crop": "cut the centre square of so many pixels out of each frame (1
 SPLITS = ("train", "val", "test")
 TOP = "leftImg8bit_sequence"
 
-_FRAME = re.compile(r"(.+)_(\d{6})_(\d{6})_leftImg8bit\.(png|jpg)")
+FRAME = re.compile(r"(.+)_(\d{6})_(\d{6})_leftImg8bit\.(png|jpg)")
 
 
 def recognise(root: Path) -> str | None:
@@ -28,7 +28,7 @@ def recognise(root: Path) -> str | None:
     """
     if (root / TOP).is_dir():
         return f"holds {TOP}/"
-    seen = first_match(root, 3, _FRAME)
+    seen = first_match(root, 3, FRAME)
     return f"frames are called as in {seen}" if seen else None
 
 
@@ -68,7 +68,7 @@ def _cities(top: Path) -> list[Path]:
 
 def _snippets(root: Path, folder: Path, skipped: Skipped) -> list[Stills]:
     names = images_in(folder)
-    frames = sorted((*_place(match), match[0]) for match in map(_FRAME.fullmatch, names) if match)
+    frames = sorted((*_place(match), match[0]) for match in map(FRAME.fullmatch, names) if match)
     if others := len(names) - len(frames):
         skipped.append((folder.relative_to(root).as_posix(), f"{others} images are not called like frames"))
     clips = []

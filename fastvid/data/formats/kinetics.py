@@ -10,8 +10,7 @@ from typing import NamedTuple
 from fastvid.data._layouts import Layout, Skipped, natural_key
 from fastvid.data.formats._films import Film, film_layout
 from fastvid.data.formats._peek import first_match
-from fastvid.data.formats._shared import OTHER_NAMES, choose_split
-from fastvid.data.video import VIDEO_SUFFIXES
+from fastvid.data.formats._shared import OTHER_NAMES, choose_split, is_video, others_note
 from fastvid.errors import DataError
 
 NAME = "Kinetics"
@@ -23,6 +22,8 @@ _CANONICAL = {"train": "train", "training": "train", "test": "test"} | dict.from
 _CLIP = re.compile(r"([\w-]{11})_\d{6}_\d{6}\.(mp4|mkv|webm|avi|mov|m4v)", re.IGNORECASE)
 _ID = re.compile(r"[\w-]{11}")
 _STEM = re.compile(r"[\w-]{11}(_\d{6}_\d{6})?")
+# train_256 and videos_train are what scripts that shrink or sort the clips make of train
+_FOLDER = re.compile(r"(?:videos?_|rawframes_)?(train|training|test|val|valid|validate|validation)(?:_\d+)?")
 
 
 class Row(NamedTuple):
@@ -53,7 +54,8 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     """The clips of one split that are there, in the order of the list, with their classes as labels.
 
     A clip is {id}_{start}_{end}.mp4 (six digits each), or else {id}.mp4 taken whole, at any depth; it belongs to the
-    split that the csv's column says, or the csv's name, or without any csv the folder train/, val/ or test/.
+    split that the csv's column says, or the csv's name, or without any csv the folder train/, val/ or test/, also
+    train_256/, videos_train/ and the like. Videos called otherwise are left aside, and counted in `found`.
 
     root:    the folder that holds the clips; lists are looked for in it and in annotations/.
     split:   train, val or test; test is val where no clip of test is there. options: see OPTIONS.
@@ -62,7 +64,7 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     Source:  Kay et al. 2017, arXiv:1705.06950; Carreira et al. 2018, arXiv:1808.01340.
     """
     skipped: Skipped = []
-    files = _files(root, skipped)
+    files, others = _files(root, skipped)
     lists = [_chosen(root, options["csv"])] if "csv" in options else [p for p in _csv_files(root) if _header(p)]
     rows = [row for path in lists for row in _rows(path, skipped)]
     listed = [name for name in SPLITS if any(row.split == name and _file(row, files) for row in rows)]
@@ -72,6 +74,7 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     if not available and any(row.split for row in rows):
         available = [name for name in SPLITS if any(row.split == name for row in rows)]  # to say what is missing
     name, found = choose_split(root, _CANONICAL.get(split, split), available)
+    found += others_note(others)
     if name in folders or not rows:
         return film_layout(root, _by_folder(root, name, files), f"{found}, no csv for it", skipped)
     taken = [row for row in rows if name is None or row.split == name]
@@ -80,18 +83,19 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     return film_layout(root, films, f"{found} by {sources}, {len(films)} of {len(taken)} clips there", skipped)
 
 
-def _files(root: Path, skipped: Skipped) -> dict[str, Path]:
-    """Clips by the stem of their name; a second file of one name is skipped."""
+def _files(root: Path, skipped: Skipped) -> tuple[dict[str, Path], int]:
+    """Clips by the stem of their name, a second file of one name skipped; and how many videos are called otherwise."""
     paths = []
     for folder, below, names in os.walk(root, onerror=lambda e: skipped.append((str(e.filename), str(e.strerror)))):
         below[:] = [name for name in below if not name.startswith(".")]
-        paths += [Path(folder) / name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+        paths += [Path(folder) / name for name in names if is_video(name)]
     files: dict[str, Path] = {}
-    for path in sorted((path for path in paths if _STEM.fullmatch(path.stem)), key=natural_key):
+    clips = [path for path in paths if _STEM.fullmatch(path.stem)]
+    for path in sorted(clips, key=natural_key):
         first = files.setdefault(path.stem, path)
         if first is not path:
             skipped.append((path.relative_to(root).as_posix(), f"the same clip as {first.relative_to(root)}"))
-    return files
+    return files, len(paths) - len(clips)
 
 
 def _file(row: Row, files: dict[str, Path]) -> Path | None:
@@ -113,7 +117,8 @@ def _listed(rows: Iterable[Row], files: dict[str, Path], skipped: Skipped) -> li
 
 def _split_of(root: Path, path: Path) -> str | None:
     """By the folders that a clip lies in."""
-    return next((_CANONICAL[part] for part in path.relative_to(root).parts[:-1] if part in _CANONICAL), None)
+    matches = map(_FOLDER.fullmatch, path.relative_to(root).parts[:-1])
+    return next((_CANONICAL[match[1]] for match in matches if match), None)
 
 
 def _by_folder(root: Path, name: str | None, files: dict[str, Path]) -> list[Film]:

@@ -81,7 +81,7 @@ def _files(root: Path) -> dict[str, Path]:
     """NumPy files by split; one alone has the split ""."""
     files = lone_files(root, list(MAGICS))
     by_split = {path.stem: path for name in SPLITS for path in files if path.stem == name}
-    if root.is_dir() and len(by_split) == len(files) > 0:
+    if root.is_dir() and by_split:  # other arrays beside them are labels, actions or the like
         return by_split
     return {"": files[0]} if len(files) == 1 else {}
 

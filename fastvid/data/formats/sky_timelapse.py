@@ -15,7 +15,7 @@ NAME = "Sky-Timelapse"
 OPTIONS = {"gaps": "clips that lack frames in their middle: keep (default) as they are, or skip"}
 SPLITS = {"train": "sky_train", "test": "sky_test"}
 
-_FRAME = re.compile(r".+_frames_\d{8}\.jpe?g", re.IGNORECASE)
+FRAME = re.compile(r".+_frames_\d{8}\.jpe?g", re.IGNORECASE)
 _TOP = re.compile("sky_train|sky_test")
 
 
@@ -29,7 +29,7 @@ def recognise(root: Path) -> str | None:
     """
     if top := first_match(root, 1, _TOP):
         return f"holds {top}/"
-    seen = first_match(root, 3, _FRAME)
+    seen = first_match(root, 3, FRAME)
     return f"frames are called as in {seen}" if seen else None
 
 

@@ -22,6 +22,9 @@ OPTIONS = {
 }
 SPLITS = ("train", "validation", "test")
 
+# a folder of 220,847 clips is not listed to find these beside them
+_LISTS = [f"{prefix}{split}.json" for prefix in ("something-something-v2-", "") for split in SPLITS]
+_FIRST_LISTS = [f"something-something-v1-{split}.csv" for split in SPLITS]
 _LIST = re.compile(r"(something-something-v[12]-)?(train|validation|test)\.(json|csv)")
 _TELLING = re.compile(r"something-something-v[12]([-.].*)?|20bn-something-something-v[12]", re.IGNORECASE)
 
@@ -41,24 +44,28 @@ def recognise(root: Path) -> str | None:
     Raises:  nothing.
     Source:  Goyal et al. 2017, arXiv:1706.04261.
     """
+    for name in _LISTS:
+        if _lists_clips(root / name):
+            return f"holds {name}"
     names = list(peek(root, 2))
     if _TELLING.fullmatch(root.absolute().name) and any(Path(name).stem.isdecimal() for name in names):
         return f"is called {root.absolute().name}"
     if telling := next((name for name in names if _TELLING.fullmatch(name.rsplit("/", 1)[-1])), None):
         return f"holds {telling}"
     plain = next((name for name in names if name.endswith(("train.json", "validation.json"))), None)
-    if plain is None or not _LIST.fullmatch(plain.rsplit("/", 1)[-1]):
-        return None
-    with (root / plain).open("rb") as file:
-        first = file.read(2048)
-    return f"{plain} lists clips with templates" if b'"template"' in first and b'"id"' in first else None
+    if plain and _lists_clips(root / plain):
+        return f"{plain} lists clips with templates"
+    if any(Path(name).stem.isdecimal() for name in peek(root, 1)) and (lists := _lists_above(root)):
+        return f"holds numbered clips, {next(iter(lists.values())).name} lies above it"
+    return None
 
 
 def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layout:
     """The clips of one list that are there, in its order.
 
     Clips are {id}.webm, or folders {id}/ of numbered images, in `root` or one folder below it. Lists are train,
-    validation and test, with or without something-something-v2- before it, in `root` or one folder below.
+    validation and test, with or without something-something-v2- before it, in `root` or one folder below; where there
+    are none, in the folder above `root` or in labels/ there.
 
     root:    the folder above clips and lists. split: train, validation or test. options: see OPTIONS.
     Returns: Layout; labels where the list has them (that of test has none); clips that are missing or do not open are
@@ -132,7 +139,30 @@ def _find_lists(root: Path) -> dict[str, Path]:
     paths = [place / name for place in places for name, is_folder in _entries(place) if not is_folder]
     matches = [(match[2], path) for path in paths if (match := _LIST.fullmatch(path.name))]
     matches.sort(key=lambda found: found[1].suffix == ".json")  # of two lists the one in json counts
-    return dict(matches)
+    return dict(matches) or _lists_above(root)
+
+
+def _lists_above(root: Path) -> dict[str, Path]:
+    """Lists beside the folder of clips; plain names count only together with a list that is one by its content."""
+    above = root.absolute().parent
+    for place in (above, above / "labels"):
+        for names in (_LISTS[:3], _LISTS[3:], _FIRST_LISTS):
+            lists = {split: place / name for split, name in zip(SPLITS, names, strict=True)}
+            lists = {split: path for split, path in lists.items() if path.is_file()}
+            if any(map(_lists_clips, lists.values())):
+                return lists
+    return {}
+
+
+def _lists_clips(path: Path) -> bool:
+    """Whether a file is a list, by a name that nothing else has or by how it begins."""
+    if not path.is_file() or not (match := _LIST.fullmatch(path.name)):
+        return False
+    if match[1]:
+        return True
+    with path.open("rb") as file:
+        first = file.read(2048)
+    return b'"template"' in first and b'"id"' in first
 
 
 def _chosen(root: Path, name: str) -> Path:

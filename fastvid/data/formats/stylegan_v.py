@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from fastvid.data._layouts import Layout, Size, Skipped, natural_key
+from fastvid.data.formats import cityscapes, sky_timelapse
 from fastvid.data.formats._peek import first_match
-from fastvid.data.formats._shared import check_any, choose_split, decode_image, stack_images
+from fastvid.data.formats._shared import check_any, choose_split, decode_image, is_video, stack_images
 from fastvid.data.formats._stills import Stills, images_in, still_layout
 from fastvid.data.video import IMAGE_SUFFIXES
 from fastvid.errors import DataError, VideoError
@@ -41,10 +42,12 @@ def recognise(root: Path) -> str | None:
         with root.open("rb") as file:
             return "a zip of frames" if file.read(4) == MAGIC else None
     for place in ("", *SPLITS):
-        clip = first_match(root / place, 1, CLIP)
-        frame = clip and first_match(root / place / clip, 1, FRAME)
-        if frame:
-            return f"it holds {Path(place, clip, frame).as_posix()}"
+        names, folders = _inside(root / place)
+        if any(map(is_video, names)):
+            return None
+        fit = folders and all(map(CLIP.fullmatch, folders))
+        if fit and (frame := first_match(root / place / folders[0], 1, FRAME)):
+            return f"it holds {Path(place, folders[0], frame).as_posix()}"
     return None
 
 
@@ -75,6 +78,15 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     return still_layout(root, clips, words, skipped)
 
 
+def _inside(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of files and of folders in a folder; a missing one has none."""
+    if not folder.is_dir():
+        return [], []
+    with os.scandir(folder) as entries:
+        seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    return [name for name, below in seen if not below], sorted((n for n, below in seen if below), key=natural_key)
+
+
 def _from_zip(path: Path, split: str | None) -> Layout:
     folders, skipped = _folders(path)
     own, words, folders = _of_split(path, split, folders)
@@ -102,9 +114,12 @@ def _folders(path: Path) -> tuple[dict[str, list[zipfile.ZipInfo]], Skipped]:
     """Image members by folder, in natural order; clips with a suspicious member are skipped."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if m.filename.lower().endswith(IMAGE_SUFFIXES)]
+            everything = archive.infolist()
     except BROKEN as error:
         raise DataError(f"{path}: cannot be read as a zip: {' '.join(str(error).split())}") from error
+    members = [member for member in everything if member.filename.lower().endswith(IMAGE_SUFFIXES)]
+    if unread := _other_format([PurePosixPath(member.filename).name for member in everything]):
+        raise DataError(f"{path}: holds {unread}, which is not read inside a zip; unpack it and name the folder.")
     folders: dict[str, list[zipfile.ZipInfo]] = {}
     bad: dict[str, str] = {}
     for member in members:
@@ -116,6 +131,16 @@ def _folders(path: Path) -> tuple[dict[str, list[zipfile.ZipInfo]], Skipped]:
     for files in folders.values():
         files.sort(key=lambda member: natural_key(member.filename))
     return {name: files for name, files in folders.items() if name not in bad}, list(bad.items())
+
+
+def _other_format(names: list[str]) -> str | None:
+    """What the files of a zip are, where their folders are not the clips."""
+    for what, frame in (("Cityscapes", cityscapes.FRAME), ("Sky Time-lapse", sky_timelapse.FRAME)):
+        if seen := next(filter(frame.fullmatch, names), None):
+            return f"frames of {what} ({seen})"
+    films = list(filter(is_video, names))
+    images = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    return f"videos ({films[0]})" if films and not images else None
 
 
 def _suspicious(member: zipfile.ZipInfo) -> str | None:

@@ -1,4 +1,4 @@
-"""UCF-101: avi files in folders of classes, with the official lists of training and test clips."""
+"""UCF-101: avi files, or such made of them, in folders of classes, with the official lists of training and test."""
 
 import os
 import re
@@ -9,14 +9,14 @@ from typing import NamedTuple
 from fastvid.data._layouts import Layout, Skipped, natural_key
 from fastvid.data.formats._films import Film, film_layout
 from fastvid.data.formats._peek import first_match
-from fastvid.data.formats._shared import OTHER_NAMES, choose_split
+from fastvid.data.formats._shared import OTHER_NAMES, choose_split, is_video, others_note
 from fastvid.errors import DataError
 
 NAME = "UCF-101"
 OPTIONS = {"list": "which of the official lists divides train and test: 1, 2 or 3 (default 1)"}
 LISTS = "ucfTrainTestlist"
 
-_CLIP = re.compile(r"v_(\w+)_g(\d\d)_c\d\d\.avi", re.IGNORECASE)
+_CLIP = re.compile(r"v_(\w+)_g(\d\d)_c\d\d\.(?:avi|mp4|mkv|webm)", re.IGNORECASE)
 
 
 class Entry(NamedTuple):
@@ -42,9 +42,11 @@ def recognise(root: Path) -> str | None:
 def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layout:
     """The clips of one split; `all` is every clip. Labels are the names of the classes.
 
-    The lists lie in ucfTrainTestlist/, in `root` or beside it. Without them, folders train/ and test/ divide the clips,
-    and without those nothing does. Clips of one group (gNN of a class) show one scene: a group on both sides is
-    refused, since the test clips would have been seen in training.
+    Files converted to mp4, mkv or webm are those that the lists name as avi; videos called otherwise are left aside,
+    and counted in `found`. The lists lie in ucfTrainTestlist/, in `root` or beside it. Without them, folders train/ and
+    test/ divide the clips, and without those nothing does. Clips of one group (gNN of a class) show one scene: a group
+    on both sides is refused, since the test clips would have been seen in training; `all` is not divided, so not
+    looked at.
 
     root:    the folder of classes, or the one above. split: train, test or all. options: see OPTIONS.
     Returns: Layout; clips that a list names and that are not there are in `skipped`.
@@ -57,35 +59,43 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
     lists = _find_lists(root, number)
     if "list" in options and not lists:
         raise DataError(f"{root}: list={number} wanted, but no {LISTS}/trainlist0{number}.txt is in it or beside it.")
-    files = _files(root)
+    files, others = _files(root)
     splits = lists or _folder_splits(root, files)
-    _check_groups(root, splits)
+    if split != "all":
+        _check_groups(root, splits)
     available = [*splits, "all"] if splits else []
     name, words = choose_split(root, split, available)
     found = f"{words} of {f'list {number}' if lists else 'its folders'}" if splits else f"no lists of splits, {words}"
+    found += others_note(others)
     if name not in splits:
         return film_layout(root, [Film(path, _label(path)) for path in files.values()], found, [])
     skipped: Skipped = []
     films = _listed(splits[name], files, skipped)
-    listed = {entry.file.lower() for entries in splits.values() for entry in entries}
+    listed = {_stem(entry.file) for entries in splits.values() for entry in entries}
     if left := len(files.keys() - listed):
         found += f" ({left} clips are in none of the splits)"
     return film_layout(root, films, found, skipped)
 
 
-def _files(root: Path) -> dict[str, Path]:
-    """Every clip below `root` by its file name in small letters: the lists and folders differ in capitals."""
-    paths = (Path(at) / name for at, _, names in os.walk(root) for name in names if _CLIP.fullmatch(name))
+def _files(root: Path) -> tuple[dict[str, Path], int]:
+    """Every clip below `root` by its stem, and how many videos are called otherwise."""
+    paths = [Path(at) / name for at, _, names in os.walk(root) for name in names if is_video(name)]
+    clips = [path for path in paths if _CLIP.fullmatch(path.name)]
     files: dict[str, Path] = {}
-    for path in sorted(paths, key=natural_key):
-        files.setdefault(path.name.lower(), path)
-    return files
+    for path in sorted(clips, key=natural_key):
+        files.setdefault(_stem(path.name), path)
+    return files, len(paths) - len(clips)
+
+
+def _stem(file: str) -> str:
+    """In small letters and without the suffix: lists and folders differ in capitals, and in the container."""
+    return file.lower().rpartition(".")[0]
 
 
 def _listed(entries: Iterable[Entry], files: dict[str, Path], skipped: Skipped) -> list[Film]:
     films = []
     for entry in entries:
-        path = files.get(entry.file.lower())
+        path = files.get(_stem(entry.file))
         if path is None:
             skipped.append((f"{entry.label}/{entry.file}", f"no such file, {entry.said} names it"))
         else:
@@ -143,7 +153,8 @@ def _check_groups(root: Path, splits: dict[str, list[Entry]]) -> None:
                 name, group = _group(entry)
                 raise DataError(
                     f"{root}: group g{group} of {name} is on both sides: {owner.file} ({owner.said}) and "
-                    f"{entry.file} ({entry.said}); a scene must not be in training and in test."
+                    f"{entry.file} ({entry.said}); a scene must not be in training and in test. To open the clips all "
+                    "the same: ?split=all takes them undivided, ?format=folder goes by the folders alone."
                 )
 
 
