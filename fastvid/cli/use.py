@@ -66,8 +66,8 @@ class Evaluate:
     """File for the figures."""
     sheet: Path | None = None
     """PNG file with some predictions: truth, sample 1, sample 2."""
-    extractor: str = "i3d"
-    """Kind of I3D weights; with any but i3d the distance is not called FVD."""
+    extractor: Literal["i3d", "i3d_other"] = "i3d"
+    """Weights of the network behind distances; with any but i3d the distance is not called FVD."""
     resize: Literal["tf1", "torch"] = "tf1"
     """How clips become 224x224: as the reference implementation of FVD, or as later ports."""
     cache: Path | None = None

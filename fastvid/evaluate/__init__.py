@@ -10,15 +10,15 @@ from fastvid.checkpoint import manifest_hash
 from fastvid.data.sheet import contact_sheet, write_png
 from fastvid.errors import UsageError
 from fastvid.evaluate.extract import default_cache
-from fastvid.evaluate.figures import curves, figures
+from fastvid.evaluate.figure import curves, figures
 from fastvid.evaluate.report import protocol, protocol_line, table
-from fastvid.evaluate.tally import METRICS, judges, measure
+from fastvid.evaluate.tally import METRICS, NUMBERS, judges, leave_out, measure
 from fastvid.evaluate.windows import choose_windows, fitted_codes, held_out
 from fastvid.models import load
 from fastvid.models.predictor import GIVEN, model_folder
 from fastvid.train.ranks import process_group
 
-RESIZES = ("tf1", "torch")
+EXTRACTORS, RESIZES = ("i3d", "i3d_other"), ("tf1", "torch")
 
 __all__ = ["METRICS", "choose_windows", "evaluate", "protocol_line", "table"]
 
@@ -31,7 +31,7 @@ def evaluate(
     """Measure a model on held-out windows; under torchrun the processes share them and find the same figures.
 
     Beside the model stand repeating the last given frame, futures of codes drawn by themselves, each from the training
-    windows' codes at its place, and the autoencoder's reconstruction, which is the best that any prior could do.
+    windows' codes at its place, and the autoencoder's reconstruction: what the codes themselves lose.
 
     model:     a shipped name or a model folder. data: what `open_clips` takes; its test split is measured.
     clips:     windows to measure, one per clip where there are enough. samples: predictions per window.
@@ -45,16 +45,17 @@ def evaluate(
     Returns:   {"model", "data", "protocol", "figures": {name: fields of Figure}, "curves", "missing"}.
     Raises:    UsageError, DataError, VideoError, CheckpointError, WeightsError.
     """
-    _check(clips, samples, seed, metrics, resize, json_file, sheet)
+    _check(clips, samples, seed, metrics, extractor, resize, json_file, sheet)
     judged = judges(metrics, extractor, resize, default_cache() if cache == "default" else cache and Path(cache))
-    predictor = load(model)
-    with process_group() as ranks:
+    predictor, identity = load(model), manifest_hash(model_folder(model))
+    with process_group("gloo") as ranks:
         held = held_out(predictor, data, "test", clips, seed)
-        fit, fitted_on = fitted_codes(predictor, data, held, seed)
+        leave_out(judged, metrics is not None, len(held.places), held.windows.frames, predictor.size)
+        fit, fitted_on = fitted_codes(predictor, data, held, seed, ranks)
         tally = measure(predictor, held, fit, judged, samples, seed, ranks)
     pixels = (held.windows.frames - GIVEN) * 3 * predictor.size[0] * predictor.size[1]
     found = figures(tally, fit, held.groups(), predictor.vqvae.config.codes, pixels, judged, seed)
-    about = protocol(held, judged, samples, seed, fitted_on, predictor.size, manifest_hash(model_folder(model)))
+    about = protocol(held, judged, samples, seed, fitted_on, predictor.size, identity)
     result = {
         "model": str(model), "data": str(data), "protocol": about,
         "figures": {name: asdict(figure) for name, figure in found.items()},
@@ -75,11 +76,14 @@ def _write(result: dict, rows: list, json_file: str | Path | None, sheet: str | 
 
 
 def _check(
-    clips: int, samples: int, seed: int, metrics: tuple[str, ...] | None, resize: str, *files: str | Path | None
+    clips: int, samples: int, seed: int, metrics: tuple[str, ...] | None, extractor: str, resize: str,
+    *files: str | Path | None,
 ) -> None:
     for name, value in (("clips", clips), ("samples", samples)):
-        if value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}.")
+        if not 1 <= value <= NUMBERS:
+            raise UsageError(f"--{name} must be from 1 to {NUMBERS}, got {value}.")
+    if extractor not in EXTRACTORS:
+        raise UsageError(f"--extractor must be {' or '.join(EXTRACTORS)}, got {extractor}.")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed must lie in [0, 2^63), got {seed}.")
     if resize not in RESIZES:

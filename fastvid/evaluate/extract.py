@@ -13,6 +13,7 @@ from fastvid.metrics import i3d as network
 from fastvid.weights import Weights
 
 POOLED, LOGITS = 1024, 400
+VERSION = 1  # of how features are computed; a cache of another version is not read
 
 
 class Features(NamedTuple):
@@ -36,7 +37,7 @@ class Extractor:
 
     def __init__(self, weights: Weights, resize: str, cache: Path | None):
         self.weights, self.resize = weights, resize
-        self.folder = None if cache is None else cache / f"{weights.fingerprint[:16]}-{resize}"
+        self.folder = None if cache is None else cache / f"v{VERSION}-{weights.fingerprint[:16]}-{resize}"
         self.network = network.I3D.from_tensors(weights.tensors)
 
     def __call__(self, clips: Tensor) -> Features:

@@ -1,6 +1,9 @@
 """The figures as a person reads them, and the line without which they could not be compared with anybody else's."""
 
-from fastvid.data.clips import Clips
+import torch
+
+from fastvid import __version__
+from fastvid.evaluate.figure import LEAST_CLIPS
 from fastvid.evaluate.tally import EQUAL, Judges
 from fastvid.evaluate.windows import Held
 from fastvid.models.predictor import GIVEN
@@ -16,6 +19,7 @@ ROWS = {
     "fvd": "FVD, lower is better", "fvd_star": "FVD*", "frechet_other": "Fréchet distance, another network, not FVD",
     "frechet_other_star": "the same to reconstructions", "fid_i3d400": "FID (I3D-400)", "is_i3d400": "IS (I3D-400)",
 }  # fmt: skip
+FEATURES = {"FVD": 400, "FID (I3D-400)": 1024}
 BITS = ("bits", "copy_bits", "context_free_fitted_bits", "context_free_oracle_bits")
 BITS_HEADS = ("prior", "same code as before", "context-free, fitted", "context-free, oracle")
 
@@ -24,29 +28,39 @@ def protocol(
     held: Held, judged: Judges, samples: int, seed: int, fitted_on: str, size: tuple[int, int], model_hash: str
 ) -> dict:
     """Everything that a figure depends on, by name. JSON values only."""
-    frames, drawn = held.windows.frames, len(held.groups().unique())
+    frames, clips, skipped = held.windows.frames, len(held.groups().unique()), len(held.windows.skipped)
     found = {
-        "model": model_hash, "data": Clips.describe(held.windows.clips).splitlines()[0], "clips": len(held.places),
-        "frames": frames, "given": GIVEN, "predicted": frames - GIVEN, "stride": held.windows.frame_step,
-        "size": list(size), "windows": held.how, "samples": samples, "seed": seed, "temperature": 1.0,
+        "model": model_hash, "data": held.windows.clips.describe().splitlines()[0], "skipped": skipped,
+        "windows": len(held.places), "clips": clips, "chosen": held.how, "frames": frames, "given": GIVEN,
+        "predicted": frames - GIVEN, "stride": held.windows.frame_step, "size": list(size),
+        "fitted": "centre crop to the aspect, then antialiased resize", "samples": samples, "seed": seed,
+        "noise": "each window its own", "temperature": 1.0, "prior_weights": "float32",
         "best": "of the samples, by the mean over predicted frames, for each metric by itself",
         "baselines_fitted_on": fitted_on, "equal_frames_db": EQUAL,
-        "intervals": f"95%, bootstrap over {drawn} clips" if drawn > 1 else "none, there is one clip",
+        "intervals": f"95%, bootstrap over {clips} clips" if clips >= LEAST_CLIPS else f"none, there are {clips} clips",
+        "versions": f"fastvid {__version__}, torch {torch.__version__}",
     }
     if "psnr" in judged.metrics:
-        found["psnr"] = "over all channels of a frame"
+        found["psnr"] = "over all channels of a frame, predictions not rounded"
     if "ssim" in judged.metrics:
-        found["ssim"] = "11x11 Gaussian window, sigma 1.5, data range 1, mean over channels"
+        found["ssim"] = "11x11 Gaussian window, sigma 1.5, data range 1, mean over channels, predictions not rounded"
     if "lpips" in judged.metrics:
-        found["lpips"] = f"AlexNet, v0.1, weights sha256 {judged.weights['lpips'].fingerprint}"
+        weights = judged.weights["lpips"].fingerprint
+        found["lpips"] = f"AlexNet, v0.1, plain mean over maps, predictions not rounded, weights sha256 {weights}"
     if judged.extractor:
-        found["extractor"] = f"{judged.weights['fvd'].kind}, sha256 {judged.weights['fvd'].fingerprint}"
-        found["resize"] = f"{judged.extractor.resize} bilinear to 224x224"
-        found["real_set"] = "the same windows; FVD*: their reconstructions. All clips begin with the real given frames"
-        found["distances_of"] = "sample 0 of each window, all frames, 8 bits"
-        if len(held.places) <= 400:
-            found["warning"] = f"{len(held.places)} clips for 400 features: distances are biased upwards"
+        found |= _distances(judged, clips)
     return found
+
+
+def _distances(judged: Judges, clips: int) -> dict:
+    found = {
+        "extractor": f"{judged.weights['fvd'].kind}, sha256 {judged.weights['fvd'].fingerprint}",
+        "resize": f"{judged.extractor.resize} bilinear to 224x224",
+        "real_set": "the same windows; FVD*: their reconstructions. All clips begin with the real given frames",
+        "distances_of": "sample 0 of each window, all frames, 8 bits; the inception score in one split",
+    }
+    few = [f"{features} features of {name}" for name, features in FEATURES.items() if clips <= features]
+    return found | ({"warning": f"{clips} clips for the {' and the '.join(few)}: biased upwards"} if few else {})
 
 
 def table(result: dict) -> str:

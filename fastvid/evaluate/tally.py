@@ -26,6 +26,8 @@ HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 BASELINES = ("repeat", "marginal", "reconstruction")
 EQUAL = 100.0  # dB that equal frames count as, since infinity has no mean
 SHOWN = 4  # windows on the sheet
+NUMBERS = 1 << 16  # of samples that each window has to itself
+LEAST_FRAMES, LEAST_SIDE = {"fvd": 9}, {"ssim": 11, "lpips": 31}  # what a metric can do with
 
 
 @dataclass
@@ -89,6 +91,29 @@ def judges(metrics: tuple[str, ...] | None, extractor: str, resize: str, cache: 
     return found
 
 
+def leave_out(judged: Judges, asked: bool, windows: int, frames: int, size: tuple[int, int]) -> None:
+    """Take away the metrics that cannot judge such windows, and note why.
+
+    asked:  whether they were asked for by name.
+    Raises: UsageError if one was.
+    """
+    reasons = {}
+    for name in judged.metrics:
+        if frames < LEAST_FRAMES.get(name, 0):
+            reasons[name] = f"it needs windows of {LEAST_FRAMES[name]} frames, the model's have {frames}"
+        if min(size) < LEAST_SIDE.get(name, 0):
+            reasons[name] = f"it needs frames of {LEAST_SIDE[name]} pixels a side, the model's are {size[1]}x{size[0]}"
+        if name == "fvd" and windows < 2:
+            reasons[name] = "a distance between sets needs two windows"
+    for name, why in reasons.items():
+        if asked:
+            raise UsageError(f"--metrics {name}: {why}; leave it out.")
+        judged.missing[name] = why
+        judged.frames.pop(name, None)
+    judged.metrics = tuple(name for name in judged.metrics if name not in reasons)
+    judged.extractor = judged.extractor if "fvd" in judged.metrics else None
+
+
 @torch.no_grad()
 def measure(
     predictor: VideoPredictor, held: Held, fit: Latents, judged: Judges, samples: int, seed: int, ranks: Ranks
@@ -126,8 +151,10 @@ def _part(
     if not judged.samples:
         return part
     n = video.shape[2] - GIVEN
+    # noise of its own for every window: clips that shared it would be alike, which distances of sets would see
+    numbers = [range(window * NUMBERS, window * NUMBERS + samples) for window in range(first, first + len(clips))]
     futures = {  # each [B, S, n, 3, H, W]
-        "model": predictor.predict(video[:, :, :GIVEN].transpose(1, 2), n, samples, seed),
+        "model": predictor.predict(video[:, :, :GIVEN].transpose(1, 2), n, numbers, seed, weights="float32"),
         "repeat": _future(video[:, :, GIVEN - 1 : GIVEN].expand(-1, -1, GIVEN + n, -1, -1)),
         "marginal": _future(predictor.vqvae.decode(*marginal_codes(fit, part.codes, first, seed))),
         "reconstruction": _future(rebuilt),

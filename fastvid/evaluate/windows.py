@@ -3,16 +3,19 @@
 import hashlib
 import sys
 from typing import NamedTuple
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastvid.data.clips import Clips, ClipWindows, open_clips
+from fastvid.data.formats import parse_spec
 from fastvid.errors import DataError
 from fastvid.models import VideoPredictor
 from fastvid.models.predictor import FRAMES_PER_STEP, GIVEN
 from fastvid.train.latents import Latents, as_model_input
+from fastvid.train.ranks import Ranks
 
 FIT_WINDOWS = 512  # training windows that the baselines are fitted to
 ENCODED_AT_ONCE = 16
@@ -35,16 +38,25 @@ class Held(NamedTuple):
 
 
 def held_out(predictor: VideoPredictor, data: str, split: str, clips: int, seed: int) -> Held:
-    """Windows of a data set's split, as long as the model predicts and of its size. Raises DataError, VideoError."""
+    """Windows of a data set's split, as long as the model predicts and of its size.
+
+    A clip that cannot be decoded is named in a warning and in `windows.skipped`, and left out.
+    Raises: DataError where there is nothing to measure, or where too many clips cannot be decoded.
+    """
     frames = FRAMES_PER_STEP * (predictor.top.config.steps + 1)
     windows = ClipWindows(open_clips(data, split, size=predictor.size), frames, predictor.size)
-    return Held(windows, *choose_windows(windows.clips.lengths, frames, clips, seed))
+    places, how = choose_windows(windows.clips.lengths, frames, clips, seed)
+    # found out now rather than after hours of measuring
+    places = [place for place in places if windows.try_at(*place) is not None]
+    if not places:
+        raise DataError(f"evaluate: none of the chosen clips can be decoded: {windows.skipped[-1][1]}")
+    return Held(windows, places, how)
 
 
 def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tuple[list[tuple[int, int]], str]:
     """Which windows to measure: one per clip, or, of too few clips, several that start at different frames.
 
-    lengths: frames of each clip. span: of a window. count: windows wanted. seed: of the choice among too many.
+    lengths: frames of each clip. span: of a window. count: windows wanted. seed: of the choice of starts.
     Returns: at most `count` (clip, start) pairs in order, all different, and how they were chosen in words.
     Raises:  DataError if no clip is long enough.
     """
@@ -52,7 +64,9 @@ def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tupl
     if not usable:
         raise DataError(f"evaluate: wanted clips of {span} frames, the longest has {max(lengths)}; give longer ones.")
     if len(usable) >= count:
-        return [(i, 0) for i in usable[:count]], "one per clip from its first frame on"
+        # data sets are listed class by class: the first ones would be of few classes
+        kept = [usable[i * len(usable) // count] for i in range(count)]
+        return [(i, 0) for i in kept], f"one per clip from its first frame on, {count} of {len(usable)} evenly spread"
     for every in (span, span // 2, span // 4, 1):
         places = [(i, start) for i in usable for start in range(0, lengths[i] - span + 1, every)]
         if len(places) >= count:
@@ -63,27 +77,28 @@ def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tupl
     return [places[i] for i in kept], f"from {len(usable)} of the clips; starts are multiples of {every}{overlap}"
 
 
-def fitted_codes(predictor: VideoPredictor, data: str, held: Held, seed: int) -> tuple[Latents, str]:
+def fitted_codes(predictor: VideoPredictor, data: str, held: Held, seed: int, ranks: Ranks) -> tuple[Latents, str]:
     """Codes that baselines are fitted to, and their description: of the train split, or, without one, of `held`."""
     try:
-        train = held_out(predictor, data, "train", FIT_WINDOWS, seed)
+        train = held_out(predictor, _undivided(data), "train", FIT_WINDOWS, seed)
     except DataError:
         train = held
     if _same(train.windows.clips, held.windows.clips):
-        return encoded(predictor, held), "the measured windows themselves, for want of a train split"
-    return encoded(predictor, train), f"{len(train.places)} windows of the train split"
+        return encoded(predictor, held, ranks), "the measured windows themselves, for want of a train split"
+    return encoded(predictor, train, ranks), f"{len(train.places)} windows of the train split"
 
 
 @torch.no_grad()
-def encoded(predictor: VideoPredictor, held: Held) -> Latents:
-    """Codes of all windows."""
-    parts = []
-    with tqdm(total=len(held.places), unit="window", desc="baselines", disable=not sys.stderr.isatty()) as bar:
-        for first in range(0, len(held.places), ENCODED_AT_ONCE):
-            clips = held.clips(first, first + ENCODED_AT_ONCE)
-            parts.append(encode(predictor, as_model_input(clips)))
-            bar.update(len(clips))
-    return joined(parts)
+def encoded(predictor: VideoPredictor, held: Held, ranks: Ranks) -> Latents:
+    """Codes of all windows; the processes of `ranks` share the work."""
+    mine, quiet = {}, not (ranks.leads and sys.stderr.isatty())
+    with tqdm(total=len(held.places), unit="window", desc="baselines", disable=quiet) as bar:
+        for number, first in enumerate(range(0, len(held.places), ENCODED_AT_ONCE)):
+            if number % ranks.world == ranks.rank:
+                mine[number] = encode(predictor, as_model_input(held.clips(first, first + ENCODED_AT_ONCE)))
+            bar.update(min(ENCODED_AT_ONCE, len(held.places) - first))
+    parts = {number: codes for share in ranks.gather(mine) for number, codes in share.items()}
+    return joined([parts[number] for number in range(-(-len(held.places) // ENCODED_AT_ONCE))])
 
 
 def encode(predictor: VideoPredictor, video: Tensor) -> Latents:
@@ -122,9 +137,16 @@ def marginal_codes(fit: Latents, codes: Latents, first: int, seed: int) -> tuple
     return tuple(drawn)
 
 
+def _undivided(spec: str) -> str:
+    """The spec without a split of its own: its train split is asked for."""
+    place, options = parse_spec(spec)
+    rest = "&".join(f"{key}={quote(value)}" for key, value in options.items() if key != "split")
+    return f"{place}?{rest}" if rest else place
+
+
 def _same(a: Clips, b: Clips) -> bool:
     """Whether two splits are one: data without splits give all their clips as either."""
-    return a.names == b.names and torch.equal(a.read(0, 0, 1), b.read(0, 0, 1))
+    return a.names == b.names and a.lengths == b.lengths and torch.equal(a.read(0), b.read(0))
 
 
 def _rows(count: int, shape: torch.Size, key: tuple[int, int, int]) -> Tensor:

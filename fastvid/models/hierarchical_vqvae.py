@@ -28,6 +28,7 @@ class VQVAEConfig:
     mask_probability: float = 0.25  # per clip: the decoder must make do with the top level
     reconstruction_variance: float = 1.0  # the squared error is divided by it
     dead_below: float = 0.05  # rows per batch under which a code is moved elsewhere
+    scene: tuple[int, int] | None = None  # (H, W) of a fixed camera's frames: the decoder learns what stands still
 
 
 class VQVAEOutput(NamedTuple):
@@ -66,10 +67,12 @@ class HierarchicalVQVAE(nn.Module):
         self.quantize_top = self._quantizer()
         self.quantize_bottom = self._quantizer()
         self.upsample_top = nn.ConvTranspose3d(d, d, 4, 2, padding=1)
+        # over a scene there is a fourth channel: how much of the scene shows
         self.decode_both = nn.Sequential(
             nn.Conv3d(2 * d, c, 3, padding=1), *_residual_stack(config),
-            nn.ConvTranspose3d(c, 3, (4, 8, 8), (2, 4, 4), padding=(1, 2, 2)),
+            nn.ConvTranspose3d(c, 4 if config.scene else 3, (4, 8, 8), (2, 4, 4), padding=(1, 2, 2)),
         )
+        self.scene = nn.Parameter(torch.full((3, *config.scene), 0.5)) if config.scene else None  # [3, H, W]
 
     def forward(self, video: Tensor) -> VQVAEOutput:
         """Reconstruct clips and return the training loss; in training mode the codebooks move.
@@ -85,7 +88,7 @@ class HierarchicalVQVAE(nn.Module):
             keep = torch.rand(video.shape[0], device=video.device) >= self.config.mask_probability
             bottom_seen = bottom_seen * keep.view(-1, 1, 1, 1, 1)
         coarse = self.upsample_top(top.quantized)
-        reconstruction = self.decode_both(torch.cat([coarse, bottom_seen], dim=1)) + 0.5
+        reconstruction = self._paint(coarse, bottom_seen)
         error = F.mse_loss(reconstruction, video) / self.config.reconstruction_variance
         return VQVAEOutput(
             reconstruction, error + commitment, error, commitment,
@@ -97,16 +100,32 @@ class HierarchicalVQVAE(nn.Module):
         top, bottom, _ = self._quantize(video)
         return top.indices, bottom.indices
 
-    def decode(self, top: Tensor, bottom: Tensor | None) -> Tensor:
+    def decode(self, top: Tensor, bottom: Tensor | None, clamp: bool = True) -> Tensor:
         """Clips from codes.
 
         top, bottom: [B, T/4, H/8, W/8] and [B, T/2, H/4, W/4] int64 in [0, K). Without bottom codes the decoder makes
                      do with the top ones, as it does for the clips whose bottom level training masks.
+        clamp:       False leaves what lies outside [0, 1], as a loss wants it.
         Returns:     [B, 3, T, H, W], clamped to [0, 1].
+        Raises:      ValueError for frames of another size than the scene, where the model has one.
         """
         coarse = self.upsample_top(_codes(self.quantize_top, top))  # [B, D, T/2, H/4, W/4]
         fine = torch.zeros_like(coarse) if bottom is None else _codes(self.quantize_bottom, bottom)
-        return (self.decode_both(torch.cat([coarse, fine], dim=1)) + 0.5).clamp(0, 1)
+        video = self._paint(coarse, fine)
+        return video.clamp(0, 1) if clamp else video
+
+    def _paint(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """[B, D, T/2, H/4, W/4], twice -> [B, 3, T, H, W]."""
+        made = self.decode_both(torch.cat([coarse, fine], dim=1))
+        if self.scene is None:
+            return made + 0.5
+        if made.shape[3:] != self.scene.shape[1:]:
+            raise ValueError(
+                f"HierarchicalVQVAE: this model has learned a scene of {list(self.scene.shape[1:])}, got codes of "
+                f"frames of {list(made.shape[3:])}; resize the clip first."
+            )
+        share = made[:, 3:].sigmoid()
+        return torch.lerp(made[:, :3] + 0.5, self.scene.unsqueeze(1), share)
 
     def _quantize(self, video: Tensor) -> "tuple[_Level, _Level, Tensor]":
         _check_video(video)

@@ -23,6 +23,7 @@ FRAMES_PER_STEP, SLICES_PER_STEP = 4, 2
 TOP_STREAM, BOTTOM_STREAM = 0, 1
 ROWS_AT_ONCE = 64  # samples that advance together; it bounds memory and never changes a code
 WEIGHTS = ("auto", "float32", "bfloat16", "int8")  # how the priors' weights may be stored for sampling
+Samples = int | range | list[range]  # how many, or of which numbers, in every clip alike or each its own
 SHIPPED = Path(__file__).with_name("weights")
 
 
@@ -73,14 +74,15 @@ class VideoPredictor(nn.Module):
         self.eval()
 
     def predict(
-        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        self, frames: Tensor, n: int = 12, samples: Samples = 1, seed: int = 0, temperature: float = 1.0,
         progress: Report | None = None, weights: str = "auto",
     ) -> Tensor:
         """The next frames of each clip, drawn `samples` times.
 
         frames:   [B, 4, 3, H, W] in [0, 1], H and W divisible by 8 (`size` is what the model was trained for).
         n:        frames to predict; beyond what one pass yields (12) the model slides on over its own output.
-        samples:  how many futures of each clip, or, as a range, those of these numbers: 3 is range(3).
+        samples:  how many futures of each clip, or, as a range, those of these numbers: 3 is range(3). Equal numbers
+                  have equal noise, in every clip; a list has a range for each clip, all of one length.
         seed:     with the sample's number it decides every draw; B, `samples` and `n` change no sample's frames.
         progress: told the stage, the codes drawn so far and the codes of the whole run, after every row of codes.
         weights:  of the priors while sampling: "float32", or the smaller "bfloat16" and "int8", which sample a slightly
@@ -92,7 +94,7 @@ class VideoPredictor(nn.Module):
         return self.predict_codes(frames, n, samples, seed, temperature, progress, weights).frames
 
     def predict_codes(
-        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        self, frames: Tensor, n: int = 12, samples: Samples = 1, seed: int = 0, temperature: float = 1.0,
         progress: Report | None = None, weights: str = "auto",
     ) -> Prediction:
         """As `predict`, with the codes of every stretch and the cost of every stage."""
@@ -107,7 +109,7 @@ class VideoPredictor(nn.Module):
 
     @torch.no_grad()
     def predict_stream(
-        self, frames: Tensor, n: int = 12, samples: int | range = 1, seed: int = 0, temperature: float = 1.0,
+        self, frames: Tensor, n: int = 12, samples: Samples = 1, seed: int = 0, temperature: float = 1.0,
         progress: Report | None = None, weights: str = "auto", compare: bool = False,
     ) -> Iterator[Stretch]:
         """As `predict`, stretch after stretch: each is yielded before the next one is begun, and none is kept.
@@ -116,8 +118,9 @@ class VideoPredictor(nn.Module):
         Yields:   Stretch; their frames follow one another, n in all.
         """
         _check(frames, n, samples, temperature, weights)
-        numbers = range(samples) if isinstance(samples, int) else samples
-        (B, *_, H, W), S, steps = frames.shape, len(numbers), self.top.config.steps
+        (B, *_, H, W), steps = frames.shape, self.top.config.steps
+        ranges = samples if isinstance(samples, list) else [range(samples) if isinstance(samples, int) else samples] * B
+        numbers, S = [number for one in ranges for number in one], len(ranges[0])  # of all B * S samples
         stretches = -(-n // (steps * FRAMES_PER_STEP))
         per_row = steps * (H // 8 * (W // 8) + SLICES_PER_STEP * (H // 4) * (W // 4))
         run = _Run(seed, temperature, weights, compare, Ledger(B * S * stretches * per_row, progress))
@@ -135,11 +138,11 @@ class VideoPredictor(nn.Module):
             yield Stretch(*rows, run.ledger.turn())
             del video, top, bottom, future, rows  # the caller's now: they must not outlive his use of them
 
-    def _stretch(self, given: Tensor, owner: Tensor, numbers: range, stretch: int, run: _Run) -> tuple[Tensor, ...]:
+    def _stretch(self, given: Tensor, owner: Tensor, numbers: list[int], stretch: int, run: _Run) -> tuple[Tensor, ...]:
         """One pass over `steps` latent steps of all samples. -> video [B*S, 3, T, H, W], top and bottom codes."""
         timed, chunks = run.ledger.timed, []
         for rows in torch.arange(len(owner)).split(ROWS_AT_ONCE):
-            identities = tuple(numbers[row % len(numbers)] for row in rows.tolist())
+            identities = tuple(numbers[row] for row in rows.tolist())
             # samples of one clip share what is given: it is encoded once
             sources, own = owner[rows].unique(return_inverse=True)
             with timed("encode"):
@@ -305,12 +308,17 @@ def _draw(stage: str, stack: GatedPixelStack, condition: Tensor, noise: Noise, r
     return drawn.codes
 
 
-def _check(frames: Tensor, n: int, samples: int | range, temperature: float, weights: str) -> None:
+def _check(frames: Tensor, n: int, samples: Samples, temperature: float, weights: str) -> None:
     shape = list(frames.shape)
     if frames.ndim != 5 or shape[1:3] != [GIVEN, 3] or shape[0] < 1 or shape[3] % 8 or shape[4] % 8:
         raise UsageError(f"predict: `frames` must be [B, 4, 3, H, W] with H and W divisible by 8, got {shape}.")
-    if n < 1 or (samples if isinstance(samples, int) else len(samples)) < 1:
+    counts = {len(one) for one in samples} if isinstance(samples, list) else {
+        samples if isinstance(samples, int) else len(samples)
+    }
+    if n < 1 or min(counts, default=0) < 1:
         raise UsageError(f"predict: frames to predict and samples must be at least 1, got {n} and {samples}.")
+    if isinstance(samples, list) and (len(counts) > 1 or len(samples) != shape[0]):
+        raise UsageError(f"predict: a list of samples is {shape[0]} ranges of one length, one a clip, got {samples}.")
     if not temperature > 0:
         raise UsageError(f"predict: temperature must be positive, got {temperature}.")
     if weights not in WEIGHTS:

@@ -1,4 +1,7 @@
-"""Training: `train_vqvae`, then `train_top` and `train_bottom` on its codes; each leaves a run folder with a model."""
+"""Training: `train_vqvae`, then `train_top` and `train_bottom` on its codes; each leaves a run folder with a model.
+
+`train_decoder` goes on with a VQ-VAE's decoder alone, which neither codes nor priors notice.
+"""
 
 import hashlib
 import json
@@ -18,15 +21,15 @@ from fastvid.train.loop import TrainResult, train
 from fastvid.train.options import TrainOptions
 from fastvid.train.ranks import Ranks, process_group
 from fastvid.train.run import Task, check_run
-from fastvid.train.tasks import BottomTask, TopTask, VQVAETask
+from fastvid.train.tasks import BottomTask, DecoderTask, TopTask, VQVAETask
 
 FRAMES = 16
 # pixels, of each preset's square frames
 SIZES = {"paper": 256, "dino64": 64, "dino64-wavefront": 64, "push64": 64, "tiny": 32}
 
 __all__ = [
-    "BottomTask", "Latents", "Task", "TopTask", "TrainOptions", "TrainResult", "VQVAETask", "encode_windows",
-    "load_latents", "train", "train_bottom", "train_top", "train_vqvae",
+    "BottomTask", "DecoderTask", "Latents", "Task", "TopTask", "TrainOptions", "TrainResult", "VQVAETask",
+    "encode_windows", "load_latents", "train", "train_bottom", "train_decoder", "train_top", "train_vqvae",
 ]
 
 
@@ -49,6 +52,47 @@ def train_vqvae(data: str, preset: str, out: str | Path, *, resume: bool = False
         # a quarter less time per step on a CPU: the convolutions then need no reordering of their inputs
         model = _fresh("vqvae", config, chosen.seed, device).to(memory_format=torch.channels_last_3d)
         return train(VQVAETask(model, windows, chosen.batch_size, about), chosen, out, resume)
+
+
+def train_decoder(data: str, vqvae: str | Path, out: str | Path, *, scene: bool = False, resume: bool = False,
+                  size: int | None = None, device: str | None = None, **options) -> TrainResult:
+    """Train the decoder of a trained VQ-VAE on; its encoder and codebooks, and so its codes and priors, stay.
+
+    vqvae:   the run folder (or its model folder) of `train_vqvae`. The size is that of its run unless given.
+    scene:   let the decoder learn what stands still before a fixed camera: it starts as the median of training frames.
+    rest:    as in `train_vqvae`.
+    Returns: TrainResult; its `model` is a model folder of a VQ-VAE, and raises, as `train_vqvae`.
+    """
+    chosen = TrainOptions(**options)
+    check_run(Path(out), resume)
+    with process_group() as ranks:
+        old, identity = _load_vqvae(Path(vqvae), device)
+        windows, about = _windows(data, _size(str(vqvae), size or _trained_size(Path(vqvae))), chosen.seed, ranks)
+        model = with_scene(old, windows) if scene else old
+        return train(DecoderTask(model, windows, chosen.batch_size, identity | about), chosen, out, resume)
+
+
+def with_scene(vqvae: nn.Module, windows: ClipWindows, frames: int = 256) -> nn.Module:
+    """The same VQ-VAE with a decoder that has a scene: the median of one frame each of some windows.
+
+    vqvae:   without a scene. windows: of training clips. frames: how many to take.
+    Returns: a new module on the same device; it decodes to the old frames mixed with the scene, half and half.
+    Raises:  UsageError if it has a scene already.
+    """
+    if vqvae.config.scene:
+        raise UsageError("the autoencoder has a scene already; train its decoder without --scene.")
+    seen = torch.cat([windows.batch(step, 1)[:, 0] for step in range(frames)])  # [frames, H, W, 3]
+    config = asdict(vqvae.config) | {"scene": tuple(seen.shape[1:3])}
+    model = models.build("vqvae", config)
+    last, old = model.decode_both[-1], vqvae.decode_both[-1]
+    whole, fresh = vqvae.state_dict(), model.state_dict()
+    model.load_state_dict(fresh | {name: t for name, t in whole.items() if t.shape == fresh[name].shape})
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        last.weight[:, :3], last.bias[:3] = old.weight, old.bias
+        model.scene.copy_(seen.float().div(255).median(dim=0).values.movedim(-1, 0))
+    return model.to(old.weight.device, memory_format=torch.channels_last_3d)
 
 
 def train_top(data: str, vqvae: str | Path, preset: str, out: str | Path, **rest) -> TrainResult:

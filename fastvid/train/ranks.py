@@ -81,14 +81,17 @@ class Ranks:
 
 
 @contextmanager
-def process_group():
-    """The process group that torchrun announces in the environment: NCCL on GPUs, else gloo. None without torchrun."""
+def process_group(backend: str | None = None):
+    """The process group that torchrun announces in the environment: NCCL on GPUs, else gloo. None without torchrun.
+
+    backend: "gloo" for work on the CPU, whatever GPUs there are; None decides as said.
+    """
     mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if mine:
         # its functions' defaults keep whatever group exists when it is first imported (the optimizer does so); a group
         # kept like that outlives destroy_process_group, and its threads may then abort the interpreter's exit
         import_module("torch.distributed.nn")
-        cuda = torch.cuda.is_available()
+        cuda = torch.cuda.is_available() and backend != "gloo"
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # the first process may encode a whole data set while the others wait

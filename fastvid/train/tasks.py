@@ -46,6 +46,32 @@ class VQVAETask:
         return contact_sheet([row for pair in zip(clips, made, strict=True) for row in pair])
 
 
+class DecoderTask(VQVAETask):
+    """Give a trained autoencoder a better decoder: encoder and codebooks stay, so its codes and priors stay good.
+
+    Arguments as for VQVAETask. The loss is the mean absolute error, under which an uncertain edge stays an edge; no
+    bottom code is hidden, since none ever is when frames are predicted.
+    """
+
+    PARTS = ("upsample_top.", "decode_both.", "scene")
+
+    def __init__(self, model: HierarchicalVQVAE, windows, batch_size: int, data: dict):
+        super().__init__(model, windows, batch_size, data)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(self.PARTS))
+
+    def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of this process's share; metric psnr (dB)."""
+        self.model.eval()  # or looking codes up would move the codebooks
+        clips = self.windows.batch(step, self.batch_size // world, rank=rank, world=world)
+        video = as_model_input(clips, next(self.model.parameters()).device)
+        with torch.no_grad():
+            codes = self.model.encode(video)
+        made = self.model.decode(*codes, clamp=False)
+        error = F.mse_loss(made.detach().clamp(0, 1), video)
+        return F.l1_loss(made, video), {"psnr": -10 * torch.log10(error.clamp_min(1e-10))}
+
+
 class TopTask:
     """Predict the top codes of the future from both levels' codes of the given frames.
 

@@ -10,6 +10,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import fastvid
+from fastvid.data.sheet import write_png
 from fastvid.data.video import read_video, write_video
 from fastvid.errors import DataError, FastvidError, UsageError, WeightsError
 from fastvid.evaluate import choose_windows, evaluate, extract, protocol_line, table, tally, windows
@@ -97,16 +98,19 @@ def values(result: dict) -> dict[str, float]:
     return {name: figure["value"] for name, figure in result["figures"].items()}
 
 
-def test_every_figure_with_its_number_and_interval(model, data, tmp_path, judged):
+def test_every_figure_with_its_number_and_interval(model, data, tmp_path, judged, monkeypatch):
+    monkeypatch.setattr("fastvid.evaluate.figure.LEAST_CLIPS", 5)
+    monkeypatch.setattr("fastvid.evaluate.report.LEAST_CLIPS", 5)
     result = evaluate(
         model, str(data), clips=5, samples=3, json_file=tmp_path / "f.json", sheet=tmp_path / "s.png", cache=judged
     )
     assert json.loads((tmp_path / "f.json").read_text()) == result
     assert {figure["n"] for figure in result["figures"].values()} == {5}
-    # drawn again, clips repeat: that lowers an entropy and raises a distance between sets
-    biased = ("perplexity", "used", "oracle_bits", "copy_error")
+    plain = ("perplexity", "used", "oracle_bits", "copy_error")
     for name, figure in result["figures"].items():
-        if not name.endswith(biased) and not name.startswith(("fvd", "fid", "is_")):
+        if name.endswith(plain) or name.startswith("is_"):
+            assert figure["low"] is None, name
+        else:
             assert figure["low"] <= figure["value"] <= figure["high"], name
     contestants = ("model", "repeat", "marginal", "reconstruction")
     likeness = {f"{metric}_{who}" for metric in ("psnr", "ssim", "lpips") for who in ("best", "mean", *contestants[1:])}
@@ -122,11 +126,11 @@ def test_every_figure_with_its_number_and_interval(model, data, tmp_path, judged
 
 def sheet_and_table(result, tmp_path):
     protocol = result["protocol"]
-    said = {"clips": 5, "frames": 16, "given": 4, "stride": 1, "size": [SIDE, SIDE], "samples": 3, "seed": 0}
+    said = {"windows": 5, "clips": 5, "skipped": 0, "frames": 16, "given": 4, "stride": 1, "size": [SIDE, SIDE], "samples": 3, "seed": 0}
     assert said.items() <= protocol.items()
     assert protocol["extractor"] == f"i3d, sha256 {'i' * 64}" and protocol["resize"].startswith("tf1")
     assert protocol["baselines_fitted_on"] == "30 windows of the train split"
-    assert protocol["intervals"] == "95%, bootstrap over 5 clips" and "5 clips for 400 features" in protocol["warning"]
+    assert protocol["intervals"] == "95%, bootstrap over 5 clips" and "5 clips for the 400 features" in protocol["warning"]
     text = table(result)
     assert protocol_line(protocol) in text and "FVD*" in text and "best of 3" in text and "repeat frame 4" in text
     for name in ("psnr_best", "fvd_model", "top_bits", "code_bits_per_dim"):
@@ -194,10 +198,10 @@ def test_a_prior_that_knows_the_frequencies_pays_what_the_baseline_says(model, d
 
 
 def test_the_truth_as_a_prediction_wins(model, data, monkeypatch):
-    def knows(self, frames, n, samples, seed):
+    def knows(self, frames, n, samples, seed, weights):
         truth = {tuple(moving(20, s)[3, 0, :9, 0].tolist()): moving(20, s)[4:16] for s in range(5)}
         rows = [truth[tuple((given[3, 0, 0, :9] * 255).round().long().tolist())] for given in frames]
-        future = torch.stack(rows).movedim(-1, 2).float().div(255).unsqueeze(1).repeat(1, samples, 1, 1, 1, 1)
+        future = torch.stack(rows).movedim(-1, 2).float().div(255).unsqueeze(1).repeat(1, len(samples[0]), 1, 1, 1, 1)
         future[:, 1:] = 0  # only the first sample is right
         return future
 
@@ -215,7 +219,7 @@ def test_a_still_clip_is_repeated_without_error(model, tmp_path):
     assert found["psnr_repeat"] == 100 and found["ssim_repeat"] == pytest.approx(1)
     assert found["psnr_wins"] == 0
     assert result["figures"]["ssim_best"]["low"] is None
-    assert result["protocol"]["intervals"] == "none, there is one clip"
+    assert result["protocol"]["intervals"] == "none, there are 1 clips"
     assert "the measured windows themselves" in result["protocol"]["baselines_fitted_on"]
     # drawn from the only window there is, codes by themselves are its own codes, behind those of the given frames
     assert found["psnr_marginal"] == pytest.approx(found["psnr_reconstruction"], abs=1e-3)
@@ -228,8 +232,10 @@ def test_same_seed_same_figures(model, data):
 
 
 def test_one_window_per_clip_where_there_are_enough():
-    assert choose_windows([20, 16, 15, 40], 16, 2, 0)[0] == [(0, 0), (1, 0)]
     assert choose_windows([20, 16, 15, 40], 16, 3, 0)[0] == [(0, 0), (1, 0), (3, 0)]
+    # sets are listed class by class
+    places, how = choose_windows([16] * 10 + [3] + [16] * 10, 16, 4, 0)
+    assert places == [(0, 0), (5, 0), (11, 0), (16, 0)] and "4 of 20 evenly spread" in how
 
 
 def test_too_few_clips_give_several_windows():
@@ -253,11 +259,12 @@ def test_no_clip_is_long_enough():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clips": 0}, "--clips must be at least 1, got 0"),
-        ({"samples": -1}, "--samples must be at least 1, got -1"),
+        ({"clips": 0}, "--clips must be from 1 to 65536, got 0"),
+        ({"samples": -1}, "--samples must be from 1 to 65536, got -1"),
         ({"seed": -1}, "--seed must lie in"),
         ({"metrics": ("ssim", "mse")}, "--metrics must name some of psnr,ssim,lpips,fvd,bits, got ssim,mse"),
         ({"metrics": ()}, "got none"),
+        ({"extractor": "lpips_alex"}, "--extractor must be i3d or i3d_other, got lpips_alex"),
         ({"resize": "area"}, "--resize must be tf1 or torch, got area"),
         ({"metrics": ("bits",), "sheet": "s.png"}, "--sheet shows predictions"),
         ({"json_file": "nowhere/f.json"}, "nowhere/f.json: cannot be written"),
@@ -271,7 +278,7 @@ def test_wrong_options_are_refused_at_once(options, words, data):
 def test_wrong_data_are_refused(model, tmp_path):
     (tmp_path / "train").mkdir()
     write_video(tmp_path / "train" / "a.mp4", moving(16, 0))
-    with pytest.raises(FastvidError, match="no test/ folder"):
+    with pytest.raises(FastvidError, match="no split 'test'"):
         evaluate(model, str(tmp_path))
 
 
@@ -300,6 +307,41 @@ def test_features_are_computed_once(model, data, judged):
     assert Means.calls == 22  # another resize is another feature
     evaluate(model, str(data), clips=2, samples=1, metrics=("fvd",), cache=None)
     assert Means.calls == 32
+
+
+def test_windows_that_a_metric_cannot_judge(model, data, judged, tmp_path):
+    write_video(tmp_path / "one.mp4", moving(16, 0), lossless=True)
+    result = evaluate(model, str(tmp_path / "one.mp4"), clips=1, samples=1, cache=judged)
+    assert result["missing"] == {"fvd": "a distance between sets needs two windows"}
+    assert "lpips_best" in result["figures"]
+    with pytest.raises(UsageError, match="--metrics fvd: a distance between sets needs two windows; leave it out"):
+        evaluate(model, str(tmp_path / "one.mp4"), clips=1, samples=1, metrics=("fvd",), cache=judged)
+    left = tally.judges(("ssim", "lpips", "psnr"), "i3d", "tf1", None)
+    tally.leave_out(left, False, 5, 16, (16, 24))
+    assert left.metrics == ("ssim", "psnr") and "31 pixels a side, the model's are 24x16" in left.missing["lpips"]
+
+
+def test_every_window_has_noise_of_its_own(model, tmp_path):
+    """Two clips of the same pixels: with shared noise their futures would be one."""
+    for name in "ab":
+        write_video(tmp_path / f"{name}.mp4", moving(16, 0), lossless=True)
+    predictor, judged = fastvid.load(model), tally.judges(("psnr",), "i3d", "tf1", None)
+    held = windows.held_out(predictor, str(tmp_path), "test", 2, 0)
+    fit = windows.encoded(predictor, held, Ranks())
+    found = tally.measure(predictor, held, fit, judged, 2, 0, Ranks()).values
+    assert found["psnr_repeat"][0] == found["psnr_repeat"][1] and found["psnr_mean"][0] != found["psnr_mean"][1]
+    assert found["psnr_marginal"][0] == found["psnr_marginal"][1]  # both windows are fitted to hold the same codes
+
+
+def test_a_clip_that_cannot_be_read_is_left_out(model, tmp_path):
+    for i in range(21):
+        for t, frame in enumerate(moving(16, i)):
+            write_png(tmp_path / f"{i:02}" / f"{t:02}.png", frame)
+    bad = tmp_path / "07" / "09.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    with pytest.warns(UserWarning, match="09.png"):
+        result = evaluate(model, str(tmp_path), clips=21, metrics=("bits",))
+    assert result["protocol"]["windows"] == 20 and result["protocol"]["skipped"] == 1
 
 
 def test_another_network_is_never_called_fvd(model, data, judged):
@@ -337,7 +379,7 @@ def test_processes_share_the_work_and_agree(model, data, monkeypatch):
     monkeypatch.setattr(tally, "ROWS_AT_ONCE", 2)  # three parts of five windows
     predictor, judged = fastvid.load(model), tally.judges(("psnr", "bits"), "i3d", "tf1", None)
     held = windows.held_out(predictor, str(data), "test", 5, 0)
-    fit = windows.encoded(predictor, held)
+    fit = windows.encoded(predictor, held, Ranks())
     alone = tally.measure(predictor, held, fit, judged, 1, 0, Ranks())
     Rank.shares = []
     with pytest.raises(KeyError, match="0"):  # the second process alone has no first part
