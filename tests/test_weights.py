@@ -269,6 +269,12 @@ def _bomb(path):
         file.write(header.tobuf() + bytes(1 << 22))
 
 
+def _bomb_of_members(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(3):  # none too large by itself
+            archive.writestr(f"{i}.ckpt", bytes(1 << 19))
+
+
 def _huge_member(path):
     header = tarfile.TarInfo("a.ckpt")
     header.size = 1 << 40
@@ -285,6 +291,7 @@ def _huge_member(path):
         ("empty.pt", lambda path: path.write_bytes(b""), "it begins with b''"),
         ("large.pt", _sparse, "over 1 GiB"),
         ("bomb.tar.gz", _bomb, "unpacks to over 1048576 bytes"),
+        ("bomb.whl", _bomb_of_members, "unpacks to over 1048576 bytes"),
         ("huge.tar.gz", _huge_member, "says it has 1099511627776 bytes"),
         ("cut.tar.gz", lambda path: path.write_bytes(gzip.compress(os.urandom(4000))[:2000]), "cannot be read"),
         ("none.tar.gz", lambda path: _tar(path, {"a.py": b""}), "an archive without weights"),

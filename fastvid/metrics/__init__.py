@@ -5,13 +5,11 @@ Networks that a metric needs come from `fastvid.weights`; nothing is loaded on i
 
 from fastvid.metrics.best_of import BestOf, best_of
 from fastvid.metrics.codes import (
-    CodebookUsage,
     ContextFreeBits,
     CopyBits,
     bits_per_code,
     bits_per_dim,
     code_perplexity,
-    codebook_usage,
     context_free_bits,
     copy_bits,
     unigram,
@@ -24,8 +22,7 @@ from fastvid.metrics.lpips import LPIPS
 from fastvid.metrics.pixel import psnr, ssim
 
 __all__ = [
-    "I3D", "LPIPS", "BestOf", "CodebookUsage", "ContextFreeBits", "CopyBits", "I3DOutput", "Moments", "best_of",
-    "bits_per_code", "bits_per_dim", "bootstrap_frechet", "bootstrap_interval", "code_perplexity", "codebook_usage",
-    "context_free_bits", "copy_bits", "features", "frechet_distance", "frechet_from_features", "inception_score",
-    "preprocess", "psnr", "ssim", "unigram",
+    "I3D", "LPIPS", "BestOf", "ContextFreeBits", "CopyBits", "I3DOutput", "Moments", "best_of", "bits_per_code",
+    "bits_per_dim", "bootstrap_frechet", "bootstrap_interval", "code_perplexity", "context_free_bits", "copy_bits",
+    "features", "frechet_distance", "frechet_from_features", "inception_score", "preprocess", "psnr", "ssim", "unigram",
 ]

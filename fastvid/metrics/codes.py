@@ -27,19 +27,6 @@ class CopyBits(NamedTuple):
     error_rate: float
 
 
-class CodebookUsage(NamedTuple):
-    """How a codebook of K entries is used.
-
-    used: entries that occur. perplexity: 2 to the entropy of their frequencies, in [1, K]. top_share: the part of all
-    codes that the most frequent entry has, in (0, 1]. dead: entries that never occur, in order.
-    """
-
-    used: int
-    perplexity: float
-    top_share: float
-    dead: list[int]
-
-
 def bits_per_code(logits: Tensor, codes: Tensor) -> Tensor:
     """Mean cost of codes under a prior's logits.
 
@@ -82,7 +69,7 @@ def unigram(codes: Tensor, K: int) -> Tensor:
     Raises:  ValueError for a code outside [0, K).
     Source:  Krichevsky and Trofimov 1981, doi:10.1109/TIT.1981.1056331.
     """
-    counts = _counts("unigram", codes, K)
+    counts = _counts("unigram", codes, K, least=0)
     return (counts + 0.5) / (counts.sum() + 0.5 * K)
 
 
@@ -95,18 +82,6 @@ def code_perplexity(codes: Tensor, K: int) -> tuple[float, int]:
     """
     counts = _counts("code_perplexity", codes, K)
     return 2 ** _entropy(counts), int((counts > 0).sum())
-
-
-def codebook_usage(codes: Tensor, K: int) -> CodebookUsage:
-    """Which of the K entries occur, and how evenly.
-
-    codes:   int64, any shape, at least one, in [0, K).
-    Returns: CodebookUsage.
-    Raises:  ValueError for no codes or a code outside [0, K).
-    """
-    counts = _counts("codebook_usage", codes, K)
-    dead = (counts == 0).nonzero().flatten().tolist()
-    return CodebookUsage(K - len(dead), 2 ** _entropy(counts), float(counts.max() / counts.sum()), dead)
 
 
 def context_free_bits(train_codes: Tensor, test_codes: Tensor, K: int) -> ContextFreeBits:
@@ -136,15 +111,15 @@ def copy_bits(
     Raises:                        ValueError if shapes differ, nothing is given, K is 1, or a code lies outside [0, K).
     """
     for codes, previous in ((train_codes, train_previous), (test_codes, test_previous)):
+        _check("copy_bits", codes, K)
+        _check("copy_bits", previous, K)
         if codes.shape != previous.shape:
             raise ValueError(
                 f"copy_bits: codes and the codes before them must have one shape, got {list(codes.shape)} and "
                 f"{list(previous.shape)}."
             )
-    if K < 2 or test_codes.numel() == 0:
-        raise ValueError(f"copy_bits: wanted test codes and K of at least 2, got {test_codes.numel()} and {K}.")
-    _counts("copy_bits", test_codes, K)
-    _counts("copy_bits", test_previous, K)
+    if K < 2:
+        raise ValueError(f"copy_bits: wanted K of at least 2, got {K}; with one code there is nothing to repeat.")
     frequency = unigram(train_codes, K)
     changed = int((train_codes != train_previous).sum())
     e = (changed + 0.5) / (train_codes.numel() + 1)
@@ -160,11 +135,14 @@ def _entropy(counts: Tensor) -> float:
     return float(torch.special.entr(share).sum() / math.log(2))
 
 
-def _counts(name: str, codes: Tensor, K: int) -> Tensor:
-    flat = codes.reshape(-1)
-    if codes.dtype != torch.int64 or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < K):
-        span = f"[{int(flat.min())}, {int(flat.max())}]" if flat.numel() else "nothing"
-        raise ValueError(f"{name}: codes must be int64 in [0, {K}), got {codes.dtype} in {span}.")
-    if not flat.numel() and name != "unigram":
+def _counts(name: str, codes: Tensor, K: int, least: int = 1) -> Tensor:
+    _check(name, codes, K, least)
+    return torch.bincount(codes.reshape(-1), minlength=K).double()
+
+
+def _check(name: str, codes: Tensor, K: int, least: int = 1) -> None:
+    if codes.numel() < least:
         raise ValueError(f"{name}: wanted at least one code, got none.")
-    return torch.bincount(flat, minlength=K).double()
+    span = [int(end) for end in codes.aminmax()] if codes.numel() else []
+    if codes.dtype != torch.int64 or (span and not 0 <= span[0] <= span[1] < K):
+        raise ValueError(f"{name}: codes must be int64 in [0, {K}), got {codes.dtype} in {span or 'nothing'}.")

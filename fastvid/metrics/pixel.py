@@ -1,5 +1,7 @@
 """Frame by frame likeness of two videos: PSNR and SSIM, each in the two readings that papers use."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ SIGMA = 1.5  # of the Gaussian window of SSIM, in pixels
 WINDOWS = {"gaussian11": 11, "uniform7": 7}  # sides in pixels
 CHANNELS = ("joint", "mean")
 K1, K2 = 0.01, 0.03
-_PLANES_AT_ONCE = 4096  # bounds the float64 maps that SSIM keeps
+_PIXELS_AT_ONCE = 1 << 20  # of each of the two: bounds the float64 maps that are held, about a dozen by SSIM
 
 
 def psnr(a: Tensor, b: Tensor, channels: str = "joint") -> Tensor:
@@ -23,7 +25,7 @@ def psnr(a: Tensor, b: Tensor, channels: str = "joint") -> Tensor:
     _check("psnr", a, b)
     if channels not in CHANNELS:
         raise ValueError(f"psnr: `channels` must be one of {', '.join(CHANNELS)}, got {channels!r}.")
-    error = (a.double() - b.double()).square().mean(dim=(-2, -1))  # [..., C]
+    error = _of_planes(lambda x, y: (x - y).square(), a, b)  # [..., C]
     if channels == "joint":
         error = error.mean(dim=-1, keepdim=True)
     return (-10.0 * torch.log10(error)).mean(dim=-1)
@@ -51,10 +53,15 @@ def ssim(a: Tensor, b: Tensor, window: str = "gaussian11", data_range: float = 1
     side = WINDOWS[window]
     if H < side or W < side:
         raise ValueError(f"ssim: frames must be at least {side}x{side}, got {H}x{W}; use psnr for smaller ones.")
-    planes = zip(a.reshape(-1, 1, H, W).split(_PLANES_AT_ONCE), b.reshape(-1, 1, H, W).split(_PLANES_AT_ONCE),
-                 strict=True)
-    means = torch.cat([_ssim_map(x.double(), y.double(), window, data_range).mean(dim=(1, 2, 3)) for x, y in planes])
-    return means.reshape(a.shape[:-2]).mean(dim=-1)
+    return _of_planes(lambda x, y: _ssim_map(x, y, window, data_range), a, b).mean(dim=-1)
+
+
+def _of_planes(to_map: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Mean of a map [N, 1, h, w] over each plane of frames [..., C, H, W], a few planes at a time -> [..., C]."""
+    H, W = a.shape[-2:]
+    at_once = max(1, _PIXELS_AT_ONCE // (H * W))
+    pairs = zip(*(x.reshape(-1, 1, H, W).split(at_once) for x in (a, b)), strict=True)
+    return torch.cat([to_map(x.double(), y.double()).mean(dim=(1, 2, 3)) for x, y in pairs]).reshape(a.shape[:-2])
 
 
 def _ssim_map(a: Tensor, b: Tensor, window: str, data_range: float) -> Tensor:

@@ -95,10 +95,12 @@ def _of_tar(file: BinaryIO, source: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _of_zip(archive: zipfile.ZipFile, source: str) -> Iterator[tuple[str, bytes]]:
-    for member in archive.infolist():
-        if member.filename.endswith(SUFFIXES):
-            _check_size(source, member.filename, member.file_size)  # reading stops at what the directory says
-            yield member.filename, archive.read(member)
+    members = [member for member in archive.infolist() if member.filename.endswith(SUFFIXES)]
+    if sum(member.file_size for member in members) > FILE_LIMIT:  # reading stops at what the directory says
+        raise WeightsError(f"{source}: unpacks to over {FILE_LIMIT} bytes; not an archive of weights.")
+    for member in members:
+        _check_size(source, member.filename, member.file_size)
+        yield member.filename, archive.read(member)
 
 
 def _check_size(source: str, member: str, size: int) -> None:

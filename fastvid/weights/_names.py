@@ -109,8 +109,8 @@ def i3d_from_content(tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
     Returns: its 230 tensors; None unless all of them are there, bit for bit.
     Raises:  nothing.
     """
-    shapes, digits = i3d_shapes(), "".join(RGB_SCRATCH)
-    known = {digits[8 * i : 8 * i + 8]: name for i, name in enumerate(sorted(shapes))}
+    shapes = i3d_shapes()
+    known = {RGB_SCRATCH[8 * i : 8 * i + 8]: name for i, name in enumerate(sorted(shapes))}
     found = {}
     for values in tensors.values():
         for layout in (values, values.permute(2, 3, 4, 1, 0) if values.ndim == 5 else values.flatten()):

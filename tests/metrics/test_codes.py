@@ -7,7 +7,6 @@ from fastvid.metrics import (
     bits_per_code,
     bits_per_dim,
     code_perplexity,
-    codebook_usage,
     context_free_bits,
     copy_bits,
     unigram,
@@ -39,6 +38,9 @@ def test_perplexity_counts_what_is_used():
     assert perplexity == pytest.approx(4.0)
     assert used == 4
     assert code_perplexity(_codes(2, 2), 8) == (1.0, 1)
+    assert code_perplexity(torch.arange(64).repeat(3), 64) == (pytest.approx(64), 64)
+    perplexity, used = code_perplexity(_codes([1, 1, 1, 1], [5, 5, 3, 3]), 8)
+    assert perplexity == pytest.approx(2**1.5) and used == 3
 
 
 def test_context_free_by_hand():
@@ -95,6 +97,13 @@ def test_copy_of_a_still_scene_costs_almost_nothing():
         (lambda: context_free_bits(_codes(0), _codes(), 4), "at least one code"),
         (lambda: copy_bits(_codes(0), _codes(0), _codes(0, 1), _codes(0), 4), "one shape"),
         (lambda: copy_bits(_codes(0), _codes(0), _codes(0), _codes(-1), 4), "\\[-1, -1\\]"),
+        (lambda: copy_bits(_codes(0), _codes(0), _codes(9), _codes(0), 4), "\\[9, 9\\]"),
+        (lambda: copy_bits(_codes(0, 3), _codes(0, 4), _codes(0), _codes(0), 4), "int64 in \\[0, 4\\), .*\\[0, 4\\]"),
+        (lambda: copy_bits(_codes(0), _codes(0).int(), _codes(0), _codes(0), 4), "got torch.int32"),
+        (lambda: copy_bits(_codes(5), _codes(0), _codes(0), _codes(0), 4), "\\[5, 5\\]"),
+        (lambda: copy_bits(_codes(), _codes(), _codes(0), _codes(0), 4), "copy_bits: wanted at least one code"),
+        (lambda: copy_bits(_codes(0), _codes(0), _codes(), _codes(), 4), "copy_bits: wanted at least one code"),
+        (lambda: copy_bits(_codes(0), _codes(0), _codes(0), _codes(0), 1), "K of at least 2, got 1"),
     ],
 )
 def test_wrong_codes_are_refused(call, words):
@@ -109,21 +118,3 @@ def test_bits_per_dim_by_hand():
     assert torch.equal(bits_per_dim(torch.tensor([2.0, 4.0]), 10, 80), torch.tensor([0.25, 0.5]))
     with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
         bits_per_dim(1.0, 0, 5)
-
-
-def test_usage_by_hand():
-    used, perplexity, top_share, dead = codebook_usage(_codes([1, 1, 1, 1], [5, 5, 3, 3]), 8)
-    assert (used, top_share, dead) == (3, 0.5, [0, 2, 4, 6, 7])
-    assert perplexity == pytest.approx(2**1.5)
-    assert (perplexity, used) == code_perplexity(_codes([1, 1, 1, 1], [5, 5, 3, 3]), 8)
-
-
-def test_usage_of_a_full_and_of_a_collapsed_codebook():
-    full = codebook_usage(torch.arange(64).repeat(3), 64)
-    assert full.used == 64 and full.dead == [] and full.perplexity == pytest.approx(64)
-    assert full.top_share == pytest.approx(1 / 64)
-    assert codebook_usage(_codes(2, 2, 2), 3) == (1, 1.0, 1.0, [0, 1])
-    with pytest.raises(ValueError, match="wanted at least one code"):
-        codebook_usage(_codes(), 3)
-    with pytest.raises(ValueError, match=r"int64 in \[0, 3\), got torch.int64 in \[0, 3\]"):
-        codebook_usage(_codes(0, 3), 3)

@@ -110,11 +110,23 @@ def test_more_noise_is_worse(metric):
     assert values == sorted(values, reverse=True)
 
 
-def test_ssim_in_pieces_equals_whole(monkeypatch):
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_in_pieces_equals_whole(monkeypatch, metric):
     a, b = _pictures(4, 7, 3, 16, 16)
-    whole = ssim(a, b)
-    monkeypatch.setattr("fastvid.metrics.pixel._PLANES_AT_ONCE", 4)
-    assert torch.allclose(ssim(a, b), whole, atol=1e-14)
+    whole = metric(a, b)
+    for pixels in (4 * 16 * 16, 1):  # the last piece is smaller; a plane is never cut
+        monkeypatch.setattr("fastvid.metrics.pixel._PIXELS_AT_ONCE", pixels)
+        assert torch.allclose(metric(a, b), whole, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize(("planes", "side"), [(40, 16), (10, 32), (3, 64)])
+def test_large_frames_are_held_a_few_at_a_time(monkeypatch, metric, planes, side):
+    monkeypatch.setattr("fastvid.metrics.pixel._PIXELS_AT_ONCE", 4096)
+    double, sizes = torch.Tensor.double, []
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: sizes.append(x.numel()) or double(x))
+    metric(torch.rand(planes, 1, side, side), torch.rand(planes, 1, side, side))
+    assert max(sizes) == 4096 and sum(sizes) == 2 * planes * side**2  # whatever the size of a plane
 
 
 @pytest.mark.parametrize(
