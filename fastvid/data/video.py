@@ -77,7 +77,8 @@ def read_video(
     """Decode a video file, or `frames` frames of it from frame `start` on, in order of presentation.
 
     Grey, 10-bit, palette and alpha sources come out as 8-bit RGB (alpha dropped); rotation and mirror metadata are
-    applied. Files with a variable frame rate give every frame once, in order.
+    applied. Files with a variable frame rate give every frame once, in order. Damage is an error wherever the
+    container or codec gives it away; H.264 and GIF carry no checksum, so flipped bits in them can pass as other pixels.
 
     path:    a file that FFmpeg can decode.
     start:   frames to skip, counted from 0.
