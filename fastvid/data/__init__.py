@@ -12,6 +12,7 @@ _HOMES = {
     "Clips": "clips",
     "ClipWindows": "clips",
     "open_clips": "clips",
+    "ClipOrder": "order",
 }
 __all__ = list(_HOMES)
 

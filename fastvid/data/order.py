@@ -1,9 +1,11 @@
 """Epochs over clips: every window once, in an order that depends on seed and epoch alone, resumable at any place."""
 
 import hashlib
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -98,14 +100,16 @@ class ClipOrder:
         return self.windows.usable[which], (number - before) * self.windows.stride
 
     def __iter__(self) -> Iterator[Window]:
-        """This rank's windows from here to the end of the epoch; then the next epoch begins.
+        """The windows from here to the end of the epoch, for one process; then the next epoch begins.
 
-        Returns: Windows; `position` has moved past each when it is handed out. Ranks may differ by one window, and by
-                 those of clips that cannot be decoded.
+        Returns: Windows; `position` has moved past each when it is handed out.
+        Raises:  DataError where there are several ranks: by windows, one could run out before the others.
         """
+        if self.world > 1:
+            raise DataError(f"clip order: rank {self.rank} of {self.world} must use batches: they end for all at once.")
         while self.position < len(self):
-            mine, self.position = self.position + self.rank, self.position + self.world
-            window = self._read(mine)
+            here, self.position = self.position, self.position + 1
+            window = self._read(here)
             if window is not None:
                 yield window
         self.epoch, self.position = self.epoch + 1, 0
@@ -133,11 +137,19 @@ class ClipOrder:
     def state(self) -> dict:
         """Where the order is and what it knows, for a checkpoint.
 
-        Returns: JSON-ready: epoch, position over all ranks, seed, windows, and the names of clips that were bad.
+        Returns: JSON-ready: epoch, position over all ranks, seed, windows, sha256 of the clips and how they are cut,
+                 and the names of clips that were bad as far as this rank has read; others may have found others, and
+                 whoever goes on from here finds those again.
         """
         names = self.windows.clips.names
         return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "windows": len(self),
-                "bad": sorted(names[i] for i in self.windows.bad)}  # fmt: skip
+                "data": self._data, "bad": sorted(names[i] for i in self.windows.bad)}  # fmt: skip
+
+    @cached_property
+    def _data(self) -> str:
+        windows, clips = self.windows, self.windows.clips
+        what = [clips.names, clips.lengths, windows.span, windows.stride, windows.frame_step]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @classmethod
     def from_state(cls, windows: ClipWindows, state: dict, rank: int = 0, world: int = 1) -> "ClipOrder":
@@ -145,17 +157,22 @@ class ClipOrder:
 
         windows: over the same data set. state: of `state()`. rank, world: as for the class.
         Returns: ClipOrder; clips that were bad are not tried or named again.
-        Raises:  DataError for a state of another data set, or none.
+        Raises:  DataError for a state of another data set or of windows cut otherwise, or none.
         """
         try:
             seed, epoch, position, counted = (int(state[key]) for key in ("seed", "epoch", "position", "windows"))
-            bad = set(state["bad"])
+            bad, data = set(state["bad"]), state["data"]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"clip order: wanted a state of one, got {str(state)[:80]}: {error!r}.") from error
         order = cls(windows, seed, rank, world)
         if counted != len(order) or epoch < 0 or position < 0:
             raise DataError(
                 f"clip order: the state is of {counted} windows at {epoch}, {position}; the data set has {len(order)}."
+            )
+        if data != order._data:
+            raise DataError(
+                "clip order: the state is of other clips, or of windows cut otherwise; open the same data set with the "
+                "same frames, stride and frame_step, or begin anew."
             )
         order.epoch, order.position = epoch, position
         for number, name in enumerate(windows.clips.names):

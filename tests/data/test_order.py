@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from fastvid.data import ClipWindows
+from fastvid.data import ClipOrder, ClipWindows
 from fastvid.data._layouts import Layout
 from fastvid.data.clips import Clips
-from fastvid.data.order import ClipOrder, Permutation
+from fastvid.data.order import Permutation
 from fastvid.errors import DataError, VideoError
 
 
@@ -33,6 +33,12 @@ def windows_of(lengths, bad=(), frames=4, **options) -> ClipWindows:
 
 def places(windows) -> list[tuple[int, int]]:
     return [(window.clip, window.start) for window in windows]
+
+
+def places_in_batches(order, batch_size=1) -> list[tuple[int, int]]:
+    """The same by what `windows_of` paints into the frames, for several ranks."""
+    batches = [batch for batch in order.batches(batch_size) if batch is not None]
+    return [(int(window[0, 0, 0, 0]), int(window[0, 1, 0, 0])) for batch in batches for window in batch]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 1000])
@@ -129,7 +135,7 @@ def test_two_ranks_see_together_what_one_sees():
     alone = ClipOrder(windows_of([7] * 9), seed=3)
     ranks = [ClipOrder(windows_of([7] * 9), 3, rank, 2) for rank in range(2)]
     for _ in range(2):
-        whole, parts = places(alone), [places(rank) for rank in ranks]
+        whole, parts = places(alone), [places_in_batches(rank, 4) for rank in ranks]
         assert whole[0::2] == parts[0] and whole[1::2] == parts[1]
     batches = list(zip(*(ClipOrder(windows_of([7] * 9), 3, rank, 2).batches(5) for rank in range(2)), strict=True))
     alone = list(ClipOrder(windows_of([7] * 9), 3).batches(10))
@@ -146,8 +152,20 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped():
         next(steps), next(steps)
     state = ranks[0].state()
     assert state == ranks[1].state() and state["position"] == 12
-    rest = [places(ClipOrder.from_state(windows_of([7] * 9), state, rank, 3)) for rank in range(3)]
+    rest = [places_in_batches(ClipOrder.from_state(windows_of([7] * 9), state, rank, 3)) for rank in range(3)]
     assert sorted(sum(rest, [])) == sorted(whole[12:]) and rest[0] == whole[12::3]
+
+
+def test_a_state_knows_its_data_set():
+    state = json.loads(json.dumps(ClipOrder(windows_of([7, 9])).state()))
+    ClipOrder.from_state(windows_of([7, 9]), state)
+    renamed = windows_of([7, 9])
+    renamed.clips.names[0] = "clip7"
+    # as many windows in all of these
+    for others in (windows_of([9, 7]), windows_of([8, 8]), windows_of([4, 6], frames=1), renamed,
+                   windows_of([10, 12], frames=4, frame_step=2)):  # fmt: skip
+        with pytest.raises(DataError, match="of other clips, or of windows cut otherwise"):
+            ClipOrder.from_state(others, state)
 
 
 def test_every_rank_gets_as_many_batches_and_none_for_an_empty_one():
@@ -177,6 +195,8 @@ def test_what_makes_no_sense_is_refused():
         ClipOrder.from_state(windows_of([7, 7, 7]), state)
     with pytest.raises(DataError, match="ranks count from 0"):
         ClipOrder.from_state(windows, state, 4, 4)
+    with pytest.raises(DataError, match="rank 1 of 2 must use batches"):
+        next(iter(ClipOrder(windows, 0, 1, 2)))
     uneven = windows_of([7, 7])
     uneven.clips._layout = uneven.clips._layout._replace(load=lambda i, s, n, size: torch.zeros(n, 4 + i, 4, 3).byte())
     with pytest.raises(DataError, match="differ in height and width"):
