@@ -198,11 +198,13 @@ def test_what_does_not_parse_is_exit_code_2(typed, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("", ["predict", "train", "evaluate", "data", "models"]),
+        ("", ["predict", "train", "evaluate", "data", "weights", "models"]),
+        ("weights add", ["FILE...", "--torchscript"]),
         ("predict", ["CLIP...", "--model", "--frames", "--samples", "--seed", "--temperature", "--start", "-o"]),
-        ("train", ["vqvae", "top", "bottom"]),
+        ("train", ["vqvae", "decoder", "top", "bottom"]),
+        ("train decoder", ["--vqvae", "--data", "--out", "--scene", "--resume", "--steps", "--learning-rate"]),
         ("train top", ["--vqvae", "--data", "--out", "--preset", "--resume", "--steps", "--learning-rate", "--every"]),
-        ("evaluate", ["--model", "--data", "--clips", "--samples", "--metrics", "--json", "--sheet"]),
+        ("evaluate", ["--model", "--data", "--clips", "--samples", "--metrics", "--json", "--sheet", "--resize"]),
         ("data make", ["digits", "push", "dino", "--out", "--clips", "--frames", "--split", "--workers"]),
         ("data look", ["PATH", "--out"]),
     ],

@@ -51,6 +51,17 @@ def test_frames_are_the_decoded_codes(predictor, frames):
     torch.testing.assert_close(result.frames[:, 0], decoded[:, :, 4:].transpose(1, 2), rtol=0, atol=1e-5)
 
 
+def test_clips_may_have_samples_of_their_own_numbers(predictor, frames):
+    both = predictor.predict(frames, samples=[range(5, 7), range(9, 11)], seed=4)
+    assert torch.equal(both[:1], predictor.predict(frames[:1], samples=range(5, 7), seed=4))
+    assert torch.equal(both[1:], predictor.predict(frames[1:], samples=range(9, 11), seed=4))
+    twins = predictor.predict(frames[:1].expand(2, -1, -1, -1, -1), samples=[range(1), range(1, 2)])
+    assert not torch.equal(twins[0], twins[1])
+    for wrong in ([range(2)], [range(2), range(3)], [range(0), range(0)]):
+        with pytest.raises(UsageError, match="samples"):
+            predictor.predict(frames, samples=wrong)
+
+
 def test_a_sample_does_not_depend_on_its_company(predictor, frames):
     together = predictor.predict(frames, n=12, samples=3, seed=4)
     alone = predictor.predict(frames[1:], n=12, samples=1, seed=4)

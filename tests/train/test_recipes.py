@@ -10,7 +10,7 @@ from fastvid.checkpoint import load_folder, save_folder
 from fastvid.data.digits import make_clip
 from fastvid.data.video import write_video
 from fastvid.errors import CheckpointError, DataError, UsageError
-from fastvid.train import train_bottom, train_top, train_vqvae
+from fastvid.train import train_bottom, train_decoder, train_top, train_vqvae
 
 FEW = {"steps": 3, "batch_size": 2, "checkpoint_every": 2, "log_every": 1, "sample_every": 3}
 
@@ -43,6 +43,36 @@ def test_the_whole_chain_leaves_three_models_that_load(data, trained, tmp_path, 
         tensors, config = load_folder(folder / "model")
         kind = config.pop("kind")
         models.build(kind, config).load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("scene", [False, True])
+def test_a_decoder_trained_on_keeps_the_codes(data, trained, tmp_path, scene):
+    few = FEW | {"learning_rate": 1e-2, "warmup": 0, "ema_decay": 0.0}
+    train_decoder(data, trained, tmp_path / "decoder", scene=scene, **few)
+    old, new = (models.load_part("vqvae", folder)[0] for folder in (trained, tmp_path / "decoder"))
+    assert new.config.scene == ([32, 32] if scene else None)
+    decoder = ("upsample_top.", "decode_both.", "scene")
+    kept = {name for name in old.state_dict() if not name.startswith(decoder)}
+    assert all(torch.equal(old.state_dict()[name], new.state_dict()[name]) for name in kept)
+    video = make_clip(9, 16, (32, 32)).movedim(-1, 0)[None].float() / 255
+    codes = old.encode(video)
+    assert all(torch.equal(a, b) for a, b in zip(codes, new.encode(video), strict=True))
+    before, after = ((vqvae.decode(*codes) - video).abs().mean() for vqvae in (old, new))
+    assert after < before
+
+
+def test_a_scene_starts_as_what_stands_still(data, trained, tmp_path):
+    write_video(tmp_path / "train.mp4", torch.full((30, 32, 32, 3), 200, dtype=torch.uint8), lossless=True)
+    train_decoder(str(tmp_path / "train.mp4"), trained, tmp_path / "out", scene=True, **FEW | {"learning_rate": 1e-9})
+    still = models.load_part("vqvae", tmp_path / "out")[0]
+    torch.testing.assert_close(still.scene, torch.full((3, 32, 32), 200 / 255), rtol=0, atol=1e-5)
+    codes = still.encode(torch.rand(1, 3, 16, 32, 32))
+    plain = models.load_part("vqvae", trained)[0].decode(*codes, clamp=False)
+    torch.testing.assert_close(still.decode(*codes, clamp=False), (plain + 200 / 255) / 2, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="a scene of .32, 32., got codes of frames of .64, 64."):
+        still.decode(*still.encode(torch.rand(1, 3, 16, 64, 64)))
+    with pytest.raises(UsageError, match="has a scene already"):
+        train_decoder(data, tmp_path / "out", tmp_path / "again", scene=True, size=32, **FEW)
 
 
 def test_the_same_seed_makes_the_same_model(data, trained, tmp_path):
