@@ -1,7 +1,6 @@
 """I3D: the video classifier whose outputs stand for a clip in the Frechet video distance."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -94,7 +93,7 @@ class I3D(nn.Module):
 
     def forward(self, clips: Tensor) -> I3DOutput:
         self._check(clips)
-        with torch.autocast(clips.device.type, enabled=False), _full_precision():
+        with torch.autocast(clips.device.type, enabled=False):
             x = clips.to(self.classes.weight.dtype).contiguous(memory_format=torch.channels_last_3d)
             x = _max_pool(self.conv_1a(x), (1, 3, 3), (1, 2, 2))  # [B, 64, T/2, 56, 56]
             x = _max_pool(self.conv_2c(self.conv_2b(x)), (1, 3, 3), (1, 2, 2))  # [B, 192, T/2, 28, 28]
@@ -253,21 +252,17 @@ def _resize_rows(x: Tensor) -> Tensor:
     return torch.lerp(x[:, :, low], x[:, :, high], (where - low).unsqueeze(1))
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32, which torch allows to convolutions unasked, moves a distance by about a thousandth."""
-    setting = torch.backends.cudnn.conv
-    before, setting.fp32_precision = setting.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
-
-
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: list[int]) -> Tensor:
     # left to choose, torch takes im2col for few clips; its output is not channels-last, where pools are 15 times faster
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, [stride] * 3, [1] * 3, 1)
+    if x.is_cuda:
+        # TF32, which torch allows to convolutions unasked, moves a distance by about a thousandth; it is refused in the
+        # call, since torch cannot give back a setting that was inherited, and one that is left set hides the user's
+        cudnn = torch.backends.cudnn
+        exact = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        how = ([stride] * 3, padding, [1] * 3, False, [0] * 3, 1, cudnn.benchmark, exact, cudnn.enabled, False)
+        return torch.ops.aten._convolution(x, weight, bias, *how)
     return F.conv3d(x, weight, bias, stride, padding)
 
 

@@ -88,13 +88,31 @@ def test_agrees_with_the_plain_network(tensors, device):
     # 9 frames: odd in time twice on the way down; autocast must not reach the network
     clips = torch.rand(1, 3, 9, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
     pooled, logits = _plain_i3d(tensors, clips, eps=0.1)
-    i3d, before = I3D.from_tensors(tensors, eps=0.1).to(device), torch.backends.cudnn.conv.fp32_precision
+    i3d = I3D.from_tensors(tensors, eps=0.1).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         ours = i3d(clips.to(device))
-    assert torch.backends.cudnn.conv.fp32_precision == before
+    try:
+        for word in ("ieee", "tf32"):  # what the user allows afterwards still reaches every convolution
+            torch.backends.fp32_precision = word
+            assert torch.backends.cudnn.conv.fp32_precision == word
+    finally:
+        torch.backends.fp32_precision = "none"
     assert logits.std() > 0.1 and pooled.std() > 0.01  # the random network tells something
     for got, wanted in ((ours.pooled, pooled), (ours.logits, logits)):
         assert got.shape == wanted.shape and float((got.cpu() - wanted).norm() / wanted.norm()) < 2e-5
+
+
+def test_a_convolution_on_cuda_refuses_tf32_in_the_call(monkeypatch):
+    x, weight, bias = torch.randn(1, 4, 6, 7, 8), torch.randn(5, 4, 3, 3, 3), torch.randn(5)
+    real, calls = torch.ops.aten._convolution, []
+    monkeypatch.setattr(torch.ops.aten, "_convolution", lambda *given: calls.append(given) or real(*given))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # no such device is needed to see what is asked of it
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    got = room._conv(x, weight, bias, 2, [1, 0, 1])
+    assert torch.equal(got, real(x, weight, bias, [2] * 3, [1, 0, 1], [1] * 3, False, [0] * 3, 1, *[False] * 4))
+    assert torch.allclose(got, F.conv3d(x.double(), weight.double(), bias.double(), 2, [1, 0, 1]).float(), atol=1e-5)
+    asked = dict(zip([argument.name for argument in real.default._schema.arguments], calls[0], strict=True))
+    assert asked["allow_tf32"] is False and asked["cudnn_enabled"] is True
 
 
 def _black_and_white(T):

@@ -35,6 +35,17 @@ def test_same_seed_same_interval():
     assert bootstrap_interval(values, groups, seed=3) != bootstrap_interval(values, groups, seed=4)
 
 
+@pytest.mark.parametrize("at_once", [1, 7 * 50, 1000 * 50 - 1])
+def test_draws_in_slices_are_those_of_one_table(monkeypatch, at_once):
+    values, groups = torch.rand(120, 3), torch.arange(120) % 50
+    whole = bootstrap_interval(values, groups, lambda mean: mean.sum(dim=1))
+    randint, sizes = torch.randint, []
+    monkeypatch.setattr("fastvid.metrics.interval._DRAWN_AT_ONCE", at_once)
+    monkeypatch.setattr(torch, "randint", lambda high, size, **kw: sizes.append(size) or randint(high, size, **kw))
+    assert bootstrap_interval(values, groups, lambda mean: mean.sum(dim=1)) == pytest.approx(whole, rel=1e-12)
+    assert sum(rows for rows, _ in sizes) == 1000 and max(rows for rows, _ in sizes) == max(1, at_once // 50)
+
+
 def test_wrong_groups_are_refused():
     with pytest.raises(ValueError, match="got \\[3\\] and \\[2\\]"):
         bootstrap_interval(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
