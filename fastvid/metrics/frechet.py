@@ -120,6 +120,10 @@ def bootstrap_frechet(
     with Gaussian features it held the expected distance in 97% (100 clips, 10 features; 5 to 11% too wide) and in 99
     to 100% (60 clips, 80 features; 1.4 to 1.7 times too wide): with fewer clips than features it is on the safe side.
 
+    Few clips make it too narrow. Of 120 simulated paired data sets it held the expected distance, with 10 and with 400
+    features, in 0% and 0% (2 clips, which leave only one draw: no width at all), 58% and 82% (3), 83% and 88% (5), 97%
+    and 90% (10), 98% and 92% (20): below ten clips it should not be reported as one of 95%.
+
     real, other:               [n, F] and [m, F], floating, finite.
     groups_real, groups_other: [n] and [m] int64, the clip of each row; rows of one clip are drawn together.
     paired:                    both sides show the same clips (a reconstruction, a prediction): draw the same on both.

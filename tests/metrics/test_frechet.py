@@ -203,6 +203,7 @@ def test_same_seed_same_interval():
 
 
 def test_two_clips_never_draw_one_alone():
+    # so every draw is both of them, and the interval, as its docstring says, has no width
     x, y, clips = _features(20, 2, 3), _features(21, 2, 3), torch.arange(2)
     low, high = bootstrap_frechet(x, y, clips, clips, True, draws=50)
     assert low == pytest.approx(high) == pytest.approx(frechet_from_features(x, y))
