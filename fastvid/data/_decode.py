@@ -1,6 +1,5 @@
 """Decoding with PyAV: safe opening, whole and upright frames in order of presentation, one VideoError for the rest."""
 
-import io
 import os
 import stat
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ def opened(path: str | Path) -> Iterator[tuple]:
     """The container and its first real video stream; whatever goes wrong inside becomes one VideoError."""
     path = Path(path)
     try:
-        _check_file(path)
+        check_file(path)
         # an absolute path, since FFmpeg takes "12:30.mp4" for a protocol
         with av.open(os.path.abspath(path), options=_SAFE, metadata_errors="replace") as container:
             yield container, _first_stream(path, container)
@@ -48,21 +47,8 @@ def opened(path: str | Path) -> Iterator[tuple]:
         raise VideoError(f"{path}: cannot be read as video: {reason_of(error)}.") from error
 
 
-@contextmanager
-def opened_bytes(data: bytes, name: str) -> Iterator[tuple]:
-    """Like `opened`, for a file that is in memory already; `name` stands for it in messages."""
-    try:
-        if not data:
-            raise VideoError(f"{name}: the file is empty (0 bytes).")
-        with av.open(io.BytesIO(data), options=_SAFE, metadata_errors="replace") as container:
-            yield container, _first_stream(name, container)
-    except VideoError:
-        raise
-    except BROKEN as error:
-        raise VideoError(f"{name}: cannot be read as video: {reason_of(error)}.") from error
-
-
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse what is not there, no regular file, or empty, with a VideoError."""
     if not path.exists():
         raise VideoError(f"{path}: no such file.")
     status = path.stat()
@@ -136,7 +122,8 @@ def picture(frame: av.VideoFrame) -> Tensor:
     image = frame.to_ndarray(format="rgb24")  # [H, W, 3]
     side = _matrix_of(frame)
     if side is None:
-        return torch.from_numpy(image)
+        turns = round(frame.rotation / 90) % 4  # counterclockwise
+        return torch.from_numpy(np.ascontiguousarray(np.rot90(image, turns)) if turns else image)
     matrix = np.frombuffer(bytes(side), np.int32).reshape(3, 3)
     (a, b), (c, d) = matrix[0, :2].tolist(), matrix[1, :2].tolist()  # x' = a x + c y, y' = b x + d y
     if abs(a) + abs(d) < abs(b) + abs(c):
@@ -165,7 +152,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def _matrix_of(frame: av.VideoFrame):
-    return frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    try:
+        return frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    except ValueError:  # PyAV 18.1 gives none of them where it does not know a kind, such as EXIF; `rotation` is there
+        return None
 
 
 def _end(frame: av.VideoFrame) -> float | None:

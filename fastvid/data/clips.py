@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvid.data._layouts import GENERATORS, Layout, Size, from_folder, from_generator, from_videos, natural_key
-from fastvid.data.formats import FOLDER, check_options, open_known, parse_spec
-from fastvid.data.formats._shared import OTHER_NAMES, choose_split
+from fastvid.data._layouts import GENERATORS, Layout, Size, from_generator, natural_key
+from fastvid.data.formats import check_options, open_known, parse_spec
+from fastvid.data.formats._plain import open_plain
 from fastvid.data.video import READ_BYTES
 from fastvid.errors import DataError, VideoError
 
@@ -20,7 +20,6 @@ CACHE_BYTES = 4 << 30
 MAX_BAD_SHARE = 0.05
 MAX_LINES = 20
 MAX_NAME = 200  # letters of a path in a message on a path that is too long
-DIVIDING = {"train", "training", "test", "testing"}  # a folder val/ alone does not make the others no clips
 
 
 class Clips:
@@ -110,7 +109,7 @@ def _opened(spec: str | Path, split: str | None, frames: int, size: Size) -> Cli
     layout = open_known(root, split, options)
     if layout is None:
         check_options(f"{root} (of no known format)", options, {})
-        layout = _plain(root, split)
+        layout = open_plain(root, split)
     return Clips(layout)
 
 
@@ -119,26 +118,6 @@ def _generated(kind: str, split: str, options: dict[str, str], frames: int, size
     if "format" in options or split not in ("train", "test"):
         raise DataError(f"generator {kind}: has the splits train and test and no format, got {options}.")
     return from_generator(kind, split, frames, size)
-
-
-def _plain(root: Path, split: str | None) -> Layout:
-    """A video file or a folder that is of no known format."""
-    if root.is_file():
-        return from_videos(root.parent, [root], f"video file {root}", [])
-    if not root.is_dir():
-        raise DataError(f"{root}: is neither a file nor a folder.")
-    found = f"{FOLDER} {root}"
-    known = [name for names in OTHER_NAMES.values() for name in names]
-    splits = [name for name in dict.fromkeys((*known, split)) if name and (root / name).is_dir()]
-    named = split not in (None, "train", "test")
-    if named and not splits:
-        raise DataError(f"{root}: no folder {split}/ below it for split={split}.")
-    if named or DIVIDING & set(splits):
-        own, words = choose_split(root, split, splits)
-        return from_folder(root / own, f"{found}, {words}")
-    if split:
-        found += f" (no train/ and test/ below, so all clips count as {split})"
-    return from_folder(root, found)
 
 
 class ClipWindows:

@@ -19,13 +19,13 @@ from fastvid.data._decode import (
     first_picture,
     frames_of,
     opened,
-    opened_bytes,
     picture,
     promised_frames,
     rate_of,
     reason_of,
 )
 from fastvid.data._encode import Encoder
+from fastvid.data._images import image_file
 from fastvid.errors import VideoError
 
 READ_BYTES = 2 << 30  # the largest video handed back at once
@@ -101,10 +101,10 @@ def read_video(
             kept.append(fit_frames(image[None], *size)[0][0] if size else image)
             if len(kept) == 1:
                 expected = frames or max(1, (promised or 1) - start)
-                _check_budget(path, expected, kept[0])
+                check_budget(path, expected, kept[0])
             if kept[-1].shape != kept[0].shape:
                 raise VideoError(f"{path}: the frame size changes at frame {seen - 1}; give one size to resize all.")
-            _check_budget(path, len(kept), kept[0])
+            check_budget(path, len(kept), kept[0])
             if len(kept) == frames:
                 break
         rate = rate_of(stream)
@@ -116,26 +116,13 @@ def read_video(
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Decode one still image (png, jpg, bmp, webp).
+    """Decode one still image (png, jpg, bmp, webp, by its first bytes and not by its name).
 
     path:    an image file.
-    Returns: uint8 [H, W, 3] in 0..255, RGB; EXIF orientation applied where FFmpeg reports it.
-    Raises:  VideoError if the file is missing or no image.
+    Returns: uint8 [H, W, 3] in 0..255, RGB; EXIF orientation applied.
+    Raises:  VideoError if the file is missing, damaged, above 256 MiB or no such image.
     """
-    with opened(path) as (container, stream):
-        return first_picture(path, container, stream)
-
-
-def image_from_bytes(data: bytes, name: str) -> Tensor:
-    """Decode one still image that is in memory, such as a member of an archive; as `read_image` otherwise.
-
-    data:    the content of an image file.
-    name:    what messages call it.
-    Returns: uint8 [H, W, 3] in 0..255, RGB.
-    Raises:  VideoError if it is no image.
-    """
-    with opened_bytes(data, name) as (container, stream):
-        return first_picture(name, container, stream)
+    return image_file(path)
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25, lossless: bool = False) -> None:
@@ -243,6 +230,16 @@ def fit_frames(video: Tensor, height: int, width: int) -> tuple[Tensor, str | No
     return video.contiguous(), " and ".join(notes) or None
 
 
+def check_budget(path: str | Path, frames: int, image: Tensor) -> None:
+    """Refuse so many frames like `image` [H, W, 3] where they exceed the bytes read at once. Raises VideoError."""
+    if frames * image.numel() > READ_BYTES:
+        height, width, _ = image.shape
+        raise VideoError(
+            f"{path}: {frames} frames of {width}x{height} exceed the limit of {READ_BYTES} bytes; "
+            f"pass frames= (at most {READ_BYTES // image.numel()}) or a smaller size=."
+        )
+
+
 def frame_hash(video: Tensor) -> str:
     """sha256 of a video's shape and pixels, the same on every machine.
 
@@ -276,15 +273,6 @@ class FrameHash:
         if self._missing:
             raise ValueError(f"FrameHash: {self._missing} more bytes were promised than added.")
         return self._digest.hexdigest()
-
-
-def _check_budget(path: str | Path, frames: int, image: Tensor) -> None:
-    if frames * image.numel() > READ_BYTES:
-        height, width, _ = image.shape
-        raise VideoError(
-            f"{path}: {frames} frames of {width}x{height} exceed the limit of {READ_BYTES} bytes; "
-            f"pass frames= (at most {READ_BYTES // image.numel()}) or a smaller size=."
-        )
 
 
 def _check_frames(video: Tensor) -> None:

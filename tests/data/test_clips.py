@@ -115,12 +115,14 @@ def test_unusable_files_are_skipped_and_named(tmp_path):
     (tmp_path / "empty.webm").touch()
     whole = (tmp_path / "clip1.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 20])
+    (tmp_path / "most.mp4").write_bytes(whole[: len(whole) * 9 // 10])
     clips = open_clips(tmp_path)
     assert clips.names == ["clip0.mp4", "clip1.mp4", "clip2.mp4"]
     reasons = dict(clips.skipped)
-    assert sorted(reasons) == ["empty.webm", "half.mp4", "text.mp4"] and "0 bytes" in reasons["empty.webm"]
+    assert sorted(reasons) == ["empty.webm", "half.mp4", "most.mp4", "text.mp4"] and "0 bytes" in reasons["empty.webm"]
+    assert "cut short" in reasons["most.mp4"]
     lines = clips.describe().splitlines()
-    assert lines[1] == "skipped 3:" and [line.split(":")[0].strip() for line in lines[2:]] == sorted(reasons)
+    assert lines[1] == "skipped 4:" and [line.split(":")[0].strip() for line in lines[2:]] == sorted(reasons)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other files", "all broken", "misspelled generator"])
@@ -226,9 +228,10 @@ def test_short_clips_are_left_out_and_named(tmp_path):
 
 
 def damage(path):
-    """The header stays whole, so that opening sees nothing; the last frames are gone."""
+    """The header and the length stay whole, so that opening sees nothing; the last frames are gone."""
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) * 3 // 4])
+    kept = len(whole) * 3 // 4
+    path.write_bytes(whole[:kept] + b"\xff" * (len(whole) - kept))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])

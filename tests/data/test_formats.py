@@ -10,8 +10,9 @@ import torch
 from write_bair import framed, trajectory
 
 from fastvid.data import open_clips
+from fastvid.data._images import decode_image
 from fastvid.data.formats import FORMATS, named, parse_spec, sniff
-from fastvid.data.formats._shared import choose_split, decode_image
+from fastvid.data.formats._shared import choose_split
 from fastvid.data.sheet import write_png
 from fastvid.data.video import write_video
 from fastvid.errors import DataError, VideoError

@@ -80,8 +80,9 @@ def hidden(pictures: list[bytes]) -> list[bytes]:
         (lambda: packets(9, codec="libvpx", container="webm"), "webm", "libvpx", 9),
         (lambda: hidden(packets(9, codec="libvpx", container="webm")), "webm", "libvpx", 8),
         (lambda: packets(9, codec="mjpeg"), "avi", "mjpeg", 9),
+        (lambda: packets(9, codec="mpeg2video", container="mpeg"), "mpg", "mpeg2video", 9),
     ],
-    ids=["plain", "B", "packed", "packed, empty end", "dropped", "vp8", "vp8 hidden", "mjpeg"],
+    ids=["plain", "B", "packed", "packed, empty end", "dropped", "vp8", "vp8 hidden", "mjpeg", "mpeg"],
 )
 def test_frames_are_counted_as_they_decode(tmp_path, stored, suffix, codec, frames):
     path = write_film(tmp_path / f"film.{suffix}", stored(), codec)
@@ -92,6 +93,16 @@ def test_frames_are_counted_as_they_decode(tmp_path, stored, suffix, codec, fram
 def test_frames_of_other_containers(tmp_path, suffix):
     write_video(tmp_path / f"film.{suffix}", torch.from_numpy(moving(7)))
     assert shown_frames(tmp_path / f"film.{suffix}") == 7
+
+
+def test_frames_of_h264_in_matroska(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as film:
+        stream = film.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.max_b_frames = 64, 48, "yuv420p", 2
+        for picture in moving(9):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        film.mux(stream.encode())
+    assert shown_frames(tmp_path / "a.mkv") == count_frames(tmp_path / "a.mkv") == 9
 
 
 def test_a_file_without_a_picture_has_no_frames(tmp_path):

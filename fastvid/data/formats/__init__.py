@@ -27,6 +27,7 @@ from fastvid.data.formats import (
     stylegan_v,
     ucf101,
 )
+from fastvid.data.formats._plain import FOLDER
 from fastvid.errors import DataError
 
 # in the order in which they are asked: names that nothing else has come first
@@ -34,7 +35,6 @@ FORMATS: tuple[ModuleType, ...] = (
     bair, bair_png, cityscapes, ucf101, sky_timelapse, something, kinetics, stylegan_v, moving_mnist, bair_hdf5,
 )  # fmt: skip
 ALWAYS = {"split": "the set's own name of a split", "format": "the format, by name, instead of looking for it"}
-FOLDER = "folder"  # ?format=folder: the plain rules for folders of videos or frames, whatever the names look like
 
 
 class Sniffed(NamedTuple):

@@ -12,13 +12,16 @@ from tqdm import tqdm
 from fastvid.data._decode import opened, promised_frames
 from fastvid.data._layouts import Layout, Size, Skipped
 from fastvid.data.formats._shared import check_any
-from fastvid.data.video import read_video
+from fastvid.data.video import count_frames, read_video
 from fastvid.errors import VideoError
 
 WORKERS = 8  # opening waits for the disk more than for the processor
 AT_ONCE = 4096
 QUIET = 1000  # sets up to this size open without a progress bar
 
+# a packet of these is a picture, or says that it is none; elsewhere fields, or pictures without the one they build on
+_CONTAINERS = ("matroska", "avi", "gif", "mp4")
+_CODECS = {"mpeg4", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "h264", "hevc", "gif", "mjpeg", "png"}
 _VOL = re.compile(rb"\x00\x00\x01[\x20-\x2f]")  # MPEG-4 video object layer
 _VOP = re.compile(rb"\x00\x00\x01\xb6")  # MPEG-4 video object plane: a picture
 
@@ -61,6 +64,8 @@ def film_layout(root: Path, films: Sequence[Film], found: str, skipped: Skipped)
 def shown_frames(path: Path) -> int:
     """Frames that a video file will show: the index of an mp4, elsewhere the packets that carry a picture.
 
+    Where packets do not tell (MPEG streams, rare codecs) the whole file is decoded.
+
     AVI's own count is no help: UCF-101's files, written by XviD, hold two pictures in some packets and none in others.
 
     path:    a file that FFmpeg can open.
@@ -72,11 +77,13 @@ def shown_frames(path: Path) -> int:
         if stream.codec_context is None:
             raise VideoError(f"{path}: no decoder for this video's codec.")
         count = promised_frames(container, stream)
+        codec = stream.codec_context.name
+        if count is None and (codec not in _CODECS or not any(name in container.format.name for name in _CONTAINERS)):
+            return count_frames(path)
         if count is not None:
             _check_extent(path, stream)
         else:
             packets = (bytes(packet) for packet in container.demux(stream) if packet.size)
-            codec = stream.codec_context.name
             if codec == "mpeg4":
                 count = _mpeg4_pictures(stream.codec_context.extradata or b"", packets)
             else:

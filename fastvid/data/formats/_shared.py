@@ -1,15 +1,13 @@
-"""What the formats share: names of splits, and still images that lie inside other files."""
+"""What the formats share: names of splits, what lies in a folder, and clips of still images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
 
-from fastvid.data._decode import BROKEN, FRAME_PIXELS, picture, reason_of
 from fastvid.data.formats._peek import peek
-from fastvid.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, fit_frames, image_from_bytes
+from fastvid.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_budget, fit_frames
 from fastvid.errors import DataError, VideoError
 
 # what a split is called elsewhere, the best first: a set without a public test is measured on its validation clips
@@ -20,8 +18,6 @@ OTHER_NAMES = {
     "validation": ("validation", "val", "validate", "valid"),
 }
 DEEP = 5  # levels searched for clips before an array beside them is taken for the data set
-_MAGIC = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}
-_ENDS = {"mjpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}  # FFmpeg does not miss them
 
 
 def choose_split(root: Path, asked: str | None, available: Sequence[str]) -> tuple[str | None, str]:
@@ -44,53 +40,23 @@ def choose_split(root: Path, asked: str | None, available: Sequence[str]) -> tup
     return name, f"split {name}" + (f" (as {asked})" if asked not in (None, name) else "")
 
 
-def image_codec(data: bytes) -> str | None:
-    """Which decoder an image's first bytes ask for.
+def stack_images(images: Iterable[Tensor], count: int, size: tuple[int, int] | None, where: str) -> Tensor:
+    """One clip of still images, each fitted as it comes, so that one at a time is there in its full size.
 
-    data:    at least the first 8 bytes of a file.
-    Returns: "mjpeg" or "png", or None for anything else.
-    Raises:  nothing.
-    """
-    return next((codec for magic, codec in _MAGIC.items() if data.startswith(magic)), None)
-
-
-def decode_image(data: bytes, where: str) -> Tensor:
-    """Decode an image file that lies in memory; JPEG and PNG without FFmpeg's search for what it may be.
-
-    data:    the whole image file. where: what to call it in a message.
-    Returns: uint8 [H, W, 3] in 0..255, RGB.
-    Raises:  VideoError if it is no image, is damaged, or is larger than the limit of pixels a frame.
-    """
-    codec = image_codec(data)
-    if codec is None:
-        return image_from_bytes(data, where)
-    if _ENDS[codec] not in data:
-        raise VideoError(f"{where}: the image is cut short.")
-    try:
-        decoder = av.CodecContext.create(codec, "r")
-        decoder.options = {"max_pixels": str(FRAME_PIXELS), "err_detect": "crccheck+bitstream+buffer+explode"}
-        decoder.thread_count = 1
-        frames = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
-    except BROKEN as error:
-        raise VideoError(f"{where}: cannot be read as an image: {reason_of(error)}.") from error
-    if len(frames) != 1 or frames[0].is_corrupt:
-        raise VideoError(f"{where}: the image is damaged.")
-    return picture(frames[0])
-
-
-def stack_images(images: list[Tensor], size: tuple[int, int] | None, where: str) -> Tensor:
-    """One clip of still images.
-
-    images:  uint8 [H, W, 3] each. size: (H, W) to which `fit_frames` brings each; None keeps their own, equal for all.
+    images:  uint8 [H, W, 3] each. count: how many will come.
+    size:    (H, W) to which `fit_frames` brings each; None keeps their own, equal for all.
     where:   what to call the clip in a message.
     Returns: uint8 [T, H, W, 3].
-    Raises:  VideoError if they differ in size and no size was given.
+    Raises:  VideoError if they differ in size and no size was given, or together exceed the limit of one read.
     """
-    if size:
-        images = [fit_frames(image[None], *size)[0][0] for image in images]
-    if any(image.shape != images[0].shape for image in images):
-        raise VideoError(f"{where}: the frames differ in size; give one size to resize all.")
-    return torch.stack(images)
+    kept: list[Tensor] = []
+    for image in images:
+        kept.append(fit_frames(image[None], *size)[0][0] if size else image)
+        if len(kept) == 1:
+            check_budget(where, count, kept[0])
+        if kept[-1].shape != kept[0].shape:
+            raise VideoError(f"{where}: the frames differ in size; give one size to resize all.")
+    return torch.stack(kept)
 
 
 def lone_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -124,4 +90,3 @@ def check_any(root: Path, usable: Sequence, skipped: list[tuple[str, str]]) -> N
     if not usable:
         first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise DataError(f"{root}: no usable clip, {len(skipped)} unusable{first}")
-

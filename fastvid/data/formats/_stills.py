@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastvid.data._images import image_file
 from fastvid.data._layouts import Layout, Size, Skipped, natural_key
-from fastvid.data.formats._shared import check_any, decode_image, stack_images
+from fastvid.data.formats._shared import check_any, stack_images
 from fastvid.data.video import IMAGE_SUFFIXES
 from fastvid.errors import VideoError
 
 GAPS_TOLD = 8
-FILE_BYTES = 1 << 28  # more than the largest frame takes uncompressed
 
 
 class Stills(NamedTuple):
@@ -44,10 +44,8 @@ def still_layout(
     def load(i: int, start: int, count: int, size: Size | None) -> Tensor:
         clip = usable[i]
         paths = [clip.folder / name for name in clip.files[start : start + count]]
-        images = [_image(path) for path in paths]
-        if crop:
-            images = [_centre(image, crop, path) for image, path in zip(images, paths, strict=True)]
-        return stack_images(images, size, str(clip.folder))
+        images = (_centre(image_file(path), crop, path) if crop else image_file(path) for path in paths)
+        return stack_images(images, count, size, str(clip.folder))
 
     labels = [clip.label or "" for clip in usable] if any(clip.label for clip in usable) else None
     return Layout([clip.name for clip in usable], [len(clip.files) for clip in usable], load, found, skipped, labels)
@@ -105,16 +103,6 @@ def gap_note(clips: Iterable[Stills]) -> str:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _image(path: Path) -> Tensor:
-    try:
-        size = path.stat().st_size
-        if not 0 < size <= FILE_BYTES:
-            raise VideoError(f"{path}: {size} bytes are no image (1 to {FILE_BYTES} are).")
-        return decode_image(path.read_bytes(), str(path))
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _centre(image: Tensor, crop: int, path: Path) -> Tensor:

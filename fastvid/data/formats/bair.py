@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvid.data._images import decode_image, image_codec
 from fastvid.data._layouts import Layout, Size, Skipped, natural_key
 from fastvid.data.formats._peek import first_match
-from fastvid.data.formats._shared import check_any, choose_split, decode_image, image_codec, stack_images
+from fastvid.data.formats._shared import check_any, choose_split, stack_images
 from fastvid.data.formats._tfrecord import Feature, index_records, parse_example, read_record
 from fastvid.data.video import fit_frames
 from fastvid.errors import DataError, VideoError
@@ -82,7 +83,7 @@ def open_layout(root: Path, split: str | None, options: dict[str, str]) -> Layou
         features = record.read()
         images = [_encoded(features, t, camera, record) for t in range(start, start + count)]
         if side is None:
-            return stack_images([decode_image(image, str(record)) for image in images], size, str(record))
+            return stack_images((decode_image(image, str(record)) for image in images), count, size, str(record))
         return _raw_clip(images, side, size, record)
 
     names = [f"{_relative(record.path, root)}/{record.number}" for record in records]

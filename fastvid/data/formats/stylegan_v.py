@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
+from fastvid.data._images import decode_image
 from fastvid.data._layouts import Layout, Size, Skipped, natural_key
 from fastvid.data.formats import cityscapes, sky_timelapse
 from fastvid.data.formats._peek import first_match
-from fastvid.data.formats._shared import check_any, choose_split, decode_image, is_video, stack_images
+from fastvid.data.formats._shared import check_any, choose_split, is_video, stack_images
 from fastvid.data.formats._stills import Stills, images_in, still_layout
 from fastvid.data.video import IMAGE_SUFFIXES
 from fastvid.errors import DataError, VideoError
@@ -104,8 +105,8 @@ def _from_zip(path: Path, split: str | None) -> Layout:
         where = f"{path}, {names[i]}"
         with lock:
             members = [_member(archive(os.getpid()), info) for info in folders[names[i]][start : start + count]]
-        images = [decode_image(data, f"{where}/{name}") for name, data in members]
-        return stack_images(images, size, where)
+        images = (decode_image(data, f"{where}/{name}") for name, data in members)
+        return stack_images(images, count, size, where)
 
     return Layout(names, [len(folders[name]) for name in names], load, words, skipped)
 
