@@ -90,6 +90,8 @@ class TrainDecoder:
     """The run folder: log.csv, samples/, checkpoint/, model/."""
     scene: bool = False
     """The camera is fixed: let the decoder learn what stands still."""
+    perceptual: float = 0.0
+    """How much LPIPS counts beside the absolute error: frames get sharper (and LPIPS flatters them)."""
     resume: bool = False
     """Go on from the run's checkpoint."""
     size: int | None = None
@@ -103,8 +105,8 @@ class TrainDecoder:
         from fastvid.train import train_decoder
 
         _say_trained(train_decoder(
-            self.data, self.vqvae, self.out, scene=self.scene, resume=self.resume, size=self.size, device=self.device,
-            **asdict(self.settings),
+            self.data, self.vqvae, self.out, scene=self.scene, perceptual=self.perceptual, resume=self.resume,
+            size=self.size, device=self.device, **asdict(self.settings),
         ))  # fmt: skip
 
 

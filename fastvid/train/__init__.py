@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,14 @@ from fastvid import models
 from fastvid.checkpoint import has_folder, manifest_hash, read_config
 from fastvid.data.clips import Clips, ClipWindows, open_clips
 from fastvid.errors import UsageError, VideoError
+from fastvid.metrics import LPIPS
 from fastvid.train.latents import Latents, encode_windows, load_latents
 from fastvid.train.loop import TrainResult, train
 from fastvid.train.options import TrainOptions
 from fastvid.train.ranks import Ranks, process_group
 from fastvid.train.run import Task, check_run
 from fastvid.train.tasks import BottomTask, DecoderTask, TopTask, VQVAETask
+from fastvid.weights import load_weights
 
 FRAMES = 16
 # pixels, of each preset's square frames
@@ -54,22 +57,28 @@ def train_vqvae(data: str, preset: str, out: str | Path, *, resume: bool = False
         return train(VQVAETask(model, windows, chosen.batch_size, about), chosen, out, resume)
 
 
-def train_decoder(data: str, vqvae: str | Path, out: str | Path, *, scene: bool = False, resume: bool = False,
-                  size: int | None = None, device: str | None = None, **options) -> TrainResult:
+def train_decoder(data: str, vqvae: str | Path, out: str | Path, *, scene: bool = False, perceptual: float = 0.0,
+                  resume: bool = False, size: int | None = None, device: str | None = None, **options) -> TrainResult:
     """Train the decoder of a trained VQ-VAE on; its encoder and codebooks, and so its codes and priors, stay.
 
     vqvae:   the run folder (or its model folder) of `train_vqvae`. The size is that of its run unless given.
     scene:   let the decoder learn what stands still before a fixed camera: it starts as the median of training frames.
+    perceptual: how much LPIPS (alex, from the weights folder) counts beside the mean absolute error. It makes frames
+             sharper, and flatters the model where it is judged by LPIPS, so a report should say so.
     rest:    as in `train_vqvae`.
-    Returns: TrainResult; its `model` is a model folder of a VQ-VAE, and raises, as `train_vqvae`.
+    Returns: TrainResult; its `model` is a model folder of a VQ-VAE, and raises, as `train_vqvae`; WeightsError too.
     """
     chosen = TrainOptions(**options)
     check_run(Path(out), resume)
+    if not (perceptual >= 0 and math.isfinite(perceptual)):
+        raise UsageError(f"--perceptual must be at least 0, got {perceptual}.")
+    lpips = LPIPS.from_tensors("alex", load_weights("lpips_alex").tensors).to(_device(device)) if perceptual else None
     with process_group() as ranks:
         old, identity = _load_vqvae(Path(vqvae), device)
         windows, about = _windows(data, _size(str(vqvae), size or _trained_size(Path(vqvae))), chosen.seed, ranks)
         model = with_scene(old, windows) if scene else old
-        return train(DecoderTask(model, windows, chosen.batch_size, identity | about), chosen, out, resume)
+        task = DecoderTask(model, windows, chosen.batch_size, identity | about, perceptual, lpips)
+        return train(task, chosen, out, resume)
 
 
 def with_scene(vqvae: nn.Module, windows: ClipWindows, frames: int = 256) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvid.data.sheet import contact_sheet
+from fastvid.metrics import LPIPS
 from fastvid.models import BottomPrior, HierarchicalVQVAE, TopPrior
 from fastvid.models.bottom_prior import ABSENT
 from fastvid.nn import code_loss
@@ -49,19 +50,22 @@ class VQVAETask:
 class DecoderTask(VQVAETask):
     """Give a trained autoencoder a better decoder: encoder and codebooks stay, so its codes and priors stay good.
 
-    Arguments as for VQVAETask. The loss is the mean absolute error, under which an uncertain edge stays an edge; no
-    bottom code is hidden, since none ever is when frames are predicted.
+    The first arguments are VQVAETask's. The loss is the mean absolute error, under which an uncertain edge stays an
+    edge; no bottom code is hidden, since none ever is when frames are predicted.
+    perceptual: how much LPIPS counts beside it, 0 for not at all. lpips: the metric, needed where it counts.
     """
 
     PARTS = ("upsample_top.", "decode_both.", "scene")
 
-    def __init__(self, model: HierarchicalVQVAE, windows, batch_size: int, data: dict):
-        super().__init__(model, windows, batch_size, data)
+    def __init__(self, model: HierarchicalVQVAE, windows, batch_size: int, data: dict, perceptual: float = 0.0,
+                 lpips: LPIPS | None = None):
+        super().__init__(model, windows, batch_size, data | ({"perceptual": perceptual} if perceptual else {}))
+        self.perceptual, self.lpips = perceptual, lpips
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(self.PARTS))
 
     def loss(self, step: int, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of this process's share; metric psnr (dB)."""
+        """Loss of this process's share; metrics psnr (dB) and, where it counts, lpips."""
         self.model.eval()  # or looking codes up would move the codebooks
         clips = self.windows.batch(step, self.batch_size // world, rank=rank, world=world)
         video = as_model_input(clips, next(self.model.parameters()).device)
@@ -69,7 +73,11 @@ class DecoderTask(VQVAETask):
             codes = self.model.encode(video)
         made = self.model.decode(*codes, clamp=False)
         error = F.mse_loss(made.detach().clamp(0, 1), video)
-        return F.l1_loss(made, video), {"psnr": -10 * torch.log10(error.clamp_min(1e-10))}
+        loss, metrics = F.l1_loss(made, video), {"psnr": -10 * torch.log10(error.clamp_min(1e-10))}
+        if self.perceptual:
+            distance = self.lpips(made.movedim(2, 1), video.movedim(2, 1)).mean()
+            loss, metrics["lpips"] = loss + self.perceptual * distance, distance.detach()
+        return loss, metrics
 
 
 class TopTask:

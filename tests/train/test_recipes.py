@@ -9,8 +9,10 @@ from fastvid import models
 from fastvid.checkpoint import load_folder, save_folder
 from fastvid.data.digits import make_clip
 from fastvid.data.video import write_video
-from fastvid.errors import CheckpointError, DataError, UsageError
+from fastvid.errors import CheckpointError, DataError, UsageError, WeightsError
+from fastvid.metrics import LPIPS
 from fastvid.train import train_bottom, train_decoder, train_top, train_vqvae
+from fastvid.weights import load_weights
 
 FEW = {"steps": 3, "batch_size": 2, "checkpoint_every": 2, "log_every": 1, "sample_every": 3}
 
@@ -58,6 +60,25 @@ def test_a_decoder_trained_on_keeps_the_codes(data, trained, tmp_path, scene):
     codes = old.encode(video)
     assert all(torch.equal(a, b) for a, b in zip(codes, new.encode(video), strict=True))
     before, after = ((vqvae.decode(*codes) - video).abs().mean() for vqvae in (old, new))
+    assert after < before
+
+
+def test_perceptual_training_needs_its_weights_and_lowers_lpips(
+    data, trained, tmp_path, monkeypatch, lpips_alex_weights
+):
+    few = FEW | {"learning_rate": 1e-2, "warmup": 0, "ema_decay": 0.0, "steps": 6}
+    monkeypatch.setenv("FASTVID_WEIGHTS", str(tmp_path / "none"))
+    with pytest.raises(WeightsError, match="fastvid weights add lpips"):
+        train_decoder(data, trained, tmp_path / "out", perceptual=1.0, **few)
+    with pytest.raises(UsageError, match="--perceptual must be at least 0, got -1"):
+        train_decoder(data, trained, tmp_path / "out", perceptual=-1, **few)
+    monkeypatch.setenv("FASTVID_WEIGHTS", str(lpips_alex_weights.parent))
+    train_decoder(data, trained, tmp_path / "out", perceptual=1.0, **few)
+    judge = LPIPS.from_tensors("alex", load_weights("lpips_alex").tensors)
+    video = make_clip(0, 16, (32, 32)).movedim(-1, 0)[None].float() / 255
+    codes = models.load_part("vqvae", trained)[0].encode(video)
+    made = [models.load_part("vqvae", run)[0].decode(*codes) for run in (trained, tmp_path / "out")]
+    before, after = (judge(frames.movedim(2, 1), video.movedim(2, 1)).mean() for frames in made)
     assert after < before
 
 
