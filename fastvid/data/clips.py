@@ -246,6 +246,7 @@ class ClipWindows:
             window = self.try_at(clip, start)
             if window is not None:
                 return window
+            self._check_share(self.clips.names[clip])  # a caller may have gone on after the first DataError
             attempt += 1
 
     def _view(self, clip: int, start: int) -> Tensor:

@@ -264,8 +264,9 @@ def test_bad_clips_are_counted_among_those_that_are_long_enough(tmp_path):
     write_video(tmp_path / "long.mp4", clip(1), lossless=True)
     damage(tmp_path / "long.mp4")
     windows = ClipWindows(open_clips(tmp_path), frames=8, size=None)
-    with pytest.raises(DataError, match="1 of 1 clips cannot be decoded.*long.mp4"):
-        windows.batch(0, 2)
+    for _ in range(2):  # a second try ends as well
+        with pytest.raises(DataError, match="1 of 1 clips cannot be decoded.*long.mp4"):
+            windows.batch(0, 2)
     windows = ClipWindows(open_clips(tmp_path), frames=8, size=None)
     windows.leave_out(3)
     with pytest.raises(DataError, match="1 of 1 clips cannot be decoded.*long.mp4, as an earlier run"):
