@@ -128,12 +128,12 @@ def _verified(verified: list[Entry], op: str, backend: str, otherwise: str, plac
     return "<br>".join(sorted(told)) or otherwise
 
 
-def placed(text: str, table: str) -> str:
+def placed(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """A README with the table between its markers. Raises BenchError where it lacks them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise BenchError(f"the README must hold these two lines once, in this order: {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise BenchError(f"the README must hold these two lines once, in this order: {begin} and {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
 # ---- verifying
