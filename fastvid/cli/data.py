@@ -47,7 +47,7 @@ class DataLook:
     """Say what is in a data set and draw a few of its clips."""
 
     path: Annotated[Positional[str], arg(metavar="PATH")]
-    """A folder or file of clips, or a generator: digits, push, dino."""
+    """A folder or file of clips, a published data set (path?key=value), or a generator: digits, push, dino."""
     out: Annotated[Path, arg(aliases=["-o"])] = Path("look.png")
     """The picture."""
 

@@ -44,7 +44,8 @@ class TrainVQVAE:
     """The autoencoder, on 16-frame windows of clips."""
 
     data: str
-    """A folder of clips (its train/ where it has one), or a generator: digits, push, dino."""
+    """Clips: a folder (its train/ where it has one), a published data set (path?key=value), or a generator: digits,
+    push, dino."""
     out: Path
     """The run folder: log.csv, samples/, checkpoint/, model/."""
     preset: str = "dino64"
@@ -83,7 +84,8 @@ class TrainDecoder:
     """The decoder of a trained autoencoder, further; its codes and the priors on them stay."""
 
     data: str
-    """A folder of clips (its train/ where it has one), or a generator: digits, push, dino."""
+    """Clips: a folder (its train/ where it has one), a published data set (path?key=value), or a generator: digits,
+    push, dino."""
     vqvae: Path
     """The run folder of the trained autoencoder."""
     out: Path

@@ -50,7 +50,8 @@ class Evaluate:
     """Measure a model on held-out clips, with baselines beside it: PSNR, SSIM, LPIPS, FVD and FVD*, bits per code."""
 
     data: str
-    """A folder of clips (its test/ where it has one), or a generator: digits, push, dino."""
+    """Clips: a folder (its test/ where it has one), a published data set (path?key=value), or a generator: digits,
+    push, dino."""
     model: str = "dino64"
     """A model of `fastvid models`, or a model folder."""
     clips: int = 256
