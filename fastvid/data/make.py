@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -236,6 +237,13 @@ def _enter_worker() -> None:
     # Ctrl-C reaches every process of the terminal: the parent alone decides, so that started clips are finished
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A parent that was killed cannot call its workers off: they would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _work(job: _Job, seed: int) -> int:

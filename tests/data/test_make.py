@@ -107,6 +107,24 @@ def test_killed_it_leaves_whole_clips(tmp_path, signals, workers):
     assert record(out)["splits"] == {"train": [0, 4]}
 
 
+def test_workers_leave_with_a_parent_that_is_killed(tmp_path):
+    script = f"from fastvid.data.make import make_clips; make_clips('digits', {str(tmp_path)!r}, 20_000, workers=2)"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "train/0000003.mp4").exists():
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.kill()  # it alone
+    process.wait()
+    try:
+        for _ in range(600):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("workers are still there a minute after their parent was killed")
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
