@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # least change of the liveliest future from any frame to the next
 MODELS = {
     "dino64": ("dino.mp4", 10, 6_000_000, 30, 0.3),  # a cactus is coming into view; in some future the dinosaur jumps
-    "push64": ("push.mp4", 0, 12_000_000, 26, 0.1),  # the arm does not stand still
+    "push64": ("push.mp4", 6, 12_000_000, 26, 0.1),  # the arm is on its way
 }
 
 

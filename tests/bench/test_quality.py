@@ -49,11 +49,11 @@ def test_the_tables_stand_between_their_markers(result, tmp_path, capsys):
     (tmp_path / "figures_toy64.json").write_text(json.dumps(cut))
     assert quality.main([*asked, "--check"]) == 2 and "lacks fvd_model" in capsys.readouterr().err
     (tmp_path / "figures_toy64.json").write_text(json.dumps(result))
-    readme.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
+    readme.write_text(f"before\n{quality.BEGIN}\nstale words\n{quality.END}\nafter\n")
     assert quality.main([*asked, "--check"]) == 1 and "stale" in capsys.readouterr().out
     assert quality.main([*asked, "--write"]) == 0 and quality.main([*asked, "--check"]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale words" not in text
 
 
 def test_the_readme_is_not_stale():
