@@ -55,7 +55,7 @@ def rebuild(kind: str, config: dict, stored: int, folder: str | Path) -> torch.n
 class _Unfilled(TorchFunctionMode):
     """While inside, torch.nn.init does nothing: to draw millions of numbers takes longer than to read the weights."""
 
-    def __init__(self, most: int | None):
+    def __init__(self, most: int | None = None):
         super().__init__()
         self.left = math.inf if most is None else most
 
