@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from run import ROOT, BenchError, answer
-from status import placed
+from status import show
 
 BEGIN, END = "<!-- quality: written by bench/quality.py -->", "<!-- end of quality -->"
 COLUMNS = ("{model}", "repeat frame {given}", "codes by themselves", "reconstruction")
@@ -56,18 +56,7 @@ def _run(asked: argparse.Namespace) -> int:
     for file, result in results.items():
         if missing := sorted(NEEDED - set(result["figures"])):
             raise BenchError(f"{file}: lacks {missing[0]}; run fastvid evaluate with all metrics.")
-    tables = "\n\n".join(map(render, results.values()))
-    if not (asked.write or asked.check):
-        print(tables)
-        return 0
-    text = asked.readme.read_text(encoding="utf-8")
-    new = placed(text, tables, BEGIN, END)
-    if asked.write:
-        asked.readme.write_text(new, encoding="utf-8")
-    elif new != text:
-        print(f"quality: {asked.readme.name} is stale; run: python bench/quality.py --write")
-        return 1
-    return 0
+    return show(asked, "\n\n".join(map(render, results.values())), "quality", BEGIN, END)
 
 
 def render(result: Result) -> str:

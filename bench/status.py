@@ -57,15 +57,20 @@ def _run(asked: argparse.Namespace) -> int:
             raise BenchError("--verify needs --json FILE, where to note what held; a folder names the file itself.")
         return verify(result_file(asked.json))
     table = render(read_verified(asked.results), compiled(ROOT / "kernels"))
+    return show(asked, table, "status", BEGIN, END)
+
+
+def show(asked: argparse.Namespace, table: str, program: str, begin: str, end: str) -> int:
+    """Print a table, or, by --write and --check, put it between two lines of the README, or compare. The exit code."""
     if not (asked.write or asked.check):
         print(table)
         return 0
     text = asked.readme.read_text(encoding="utf-8")
-    new = placed(text, table)
+    new = placed(text, table, begin, end)
     if asked.write:
         asked.readme.write_text(new, encoding="utf-8")
     elif new != text:
-        print(f"status: {asked.readme.name} is stale; run: python bench/status.py --write")
+        print(f"{program}: {asked.readme.name} is stale; run: python bench/{program}.py --write")
         return 1
     return 0
 
@@ -128,7 +133,7 @@ def _verified(verified: list[Entry], op: str, backend: str, otherwise: str, plac
     return "<br>".join(sorted(told)) or otherwise
 
 
-def placed(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+def placed(text: str, table: str, begin: str, end: str) -> str:
     """A README with the table between its markers. Raises BenchError where it lacks them."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise BenchError(f"the README must hold these two lines once, in this order: {begin} and {end}")

@@ -56,7 +56,7 @@ def save_folder(
         listed = {part: _write_part(work / f"{part}.safetensors", group, dtype) for part, group in everything.items()}
         _write_file(work / "config.json", _json_bytes(config))
         _write_file(work / "manifest.json", _manifest_bytes(work, listed))
-        _sync(work)
+        sync(work)
         _swap(path, work)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         shutil.rmtree(work, ignore_errors=True)
@@ -152,7 +152,7 @@ def _swap(path: Path, work: Path) -> None:
     if path.exists():
         os.rename(path, aside)
     os.rename(work, path)
-    _sync(path.parent)
+    sync(path.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -173,7 +173,7 @@ def _write_part(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype | Non
         for name, t in tensors.items()
     }
     save_file(stored, file)
-    _sync(file)
+    sync(file)
     return {
         name: {"dtype": _DTYPE_NAMES[t.dtype], "shape": list(t.shape), "sha256": _tensor_digest(t)}
         for name, t in stored.items()
@@ -194,10 +194,11 @@ def _json_bytes(value: dict) -> bytes:
 
 def _write_file(file: Path, data: bytes) -> None:
     file.write_bytes(data)
-    _sync(file)
+    sync(file)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries have reached the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -229,7 +229,7 @@ def test_a_disk_that_refuses_is_one_error_and_nothing_is_lost(folder, monkeypatc
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_folder(folder, tensors(3), CONFIG)
     monkeypatch.undo()

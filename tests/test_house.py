@@ -36,7 +36,7 @@ STAIRCASE = [
     ("fastvid/sampling/*",     "sampling nn ops errors",                          "torch"),
     ("fastvid/checkpoint.py",   "errors",                                          "torch safetensors"),
     ("fastvid/models/*",        "models nn ops sampling checkpoint errors",        "torch"),
-    ("fastvid/weights*",        "weights metrics errors",                          "torch numpy safetensors"),
+    ("fastvid/weights*",        "weights metrics checkpoint errors",               "torch numpy safetensors"),
     ("fastvid/metrics/*",       "metrics errors",                                  "torch"),
     ("fastvid/data/*",          "data errors",                                     "torch numpy av tqdm"),
     ("fastvid/train/*",         f"train {LOWER}",                                  "torch numpy safetensors tqdm"),

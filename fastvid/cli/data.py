@@ -30,15 +30,16 @@ class DataMake:
 
     def run(self) -> None:
         """Make the clips. Raises FastvidError."""
-        from fastvid.data.make import make_clips
-        from fastvid.data.make_bair import make_bair
-        from fastvid.errors import UsageError
-
         if self.format == "bair":
+            from fastvid.data.make_bair import make_bair
+            from fastvid.errors import UsageError
+
             if self.kind != "push" or self.workers != 1:
                 raise UsageError(f"--format bair is for push and one worker, got {self.kind} and {self.workers}.")
             make_bair(self.out, self.clips, self.frames, self.split, self.first)
             return
+        from fastvid.data.make import make_clips
+
         make_clips(self.kind, self.out, self.clips, self.frames, self.split, self.first, self.workers)
 
 

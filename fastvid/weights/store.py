@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastvid.checkpoint import sync
 from fastvid.errors import WeightsError
 from fastvid.weights.kinds import HALVES, KINDS, SUFFIX, fingerprint, weights_folder
 
@@ -83,9 +84,9 @@ def save_weights(kind: str, tensors: dict[str, Tensor], told: str, source: str, 
         _clear(path)
         save_file({name: values.contiguous() for name, values in tensors.items()}, partial, notes)
         partial.chmod(0o644)  # a folder may serve a whole group
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise WeightsError(
             f"{path} cannot be written ({error}); make room, or name another folder by FASTVID_WEIGHTS."
@@ -132,11 +133,3 @@ def _clear(path: Path) -> None:
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > STRAY_AGE:
                 stray.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
