@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-ABI_VERSION = 6  # raised together with kernels/common/abi.cpp whenever a signature below changes
+ABI_VERSION = 7  # raised together with kernels/common/abi.cpp whenever a signature below changes
 
 POINTER, SIZE, INT, TEXT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double

@@ -65,7 +65,7 @@ std::atomic<const Level*> chosen{&levels[processor_rank()]};
 }  // namespace
 
 // Raised together with ABI_VERSION in fastvid/_native.py whenever a signature changes.
-FASTVID_API int fastvid_abi_version(void) { return 6; }
+FASTVID_API int fastvid_abi_version(void) { return 7; }
 
 // The instruction set level in use: "generic", "v2", "v3" or "v4".
 FASTVID_API const char* fastvid_cpu_isa(void) { return chosen.load()->name; }
