@@ -43,9 +43,15 @@ def natural_key(path: str | Path) -> list:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", str(path)))]
 
 
-def from_generator(kind: str, split: str, frames: int, size: Size) -> Layout:
-    """Clips made on demand, one a seed of the split; `frames` and `size` (H, W) of each."""
+def generator_options(kind: str) -> dict[str, str]:
+    """What may follow a generator's name as ?key=value, each key with its meaning."""
+    return getattr(import_module(f"fastvid.data.{kind}"), "OPTIONS", {})
+
+
+def from_generator(kind: str, split: str, frames: int, size: Size, options: dict[str, str]) -> Layout:
+    """Clips made on demand, one a seed of the split; `frames` and `size` (H, W) of each, `options` as text."""
     module = import_module(f"fastvid.data.{kind}")
+    chosen = module.check_options(options) if options else {}
     seeds = module.SPLITS[split][: NOMINAL_CLIPS[split]]
     stack = ExitStack()
 
@@ -53,7 +59,7 @@ def from_generator(kind: str, split: str, frames: int, size: Size) -> Layout:
     def maker() -> Callable[[int, int], Tensor]:
         """Start the generator at the first clip and keep it: a simulator or browser is dear to start."""
         if GENERATORS[kind] is None:
-            return partial(module.make_clip, size=size)
+            return partial(module.make_clip, size=size, **chosen)
         return stack.enter_context(getattr(module, GENERATORS[kind])(size=size)).clip
 
     def load(i: int, start: int, count: int, fit: Size | None) -> Tensor:
@@ -62,4 +68,5 @@ def from_generator(kind: str, split: str, frames: int, size: Size) -> Layout:
 
     found = f"generator {kind}, split {split}, made on demand"
     weakref.finalize(load, stack.close)
-    return Layout([f"{seed:07d}" for seed in seeds], [frames] * len(seeds), load, found, [])
+    labels = module.labels(seeds, **chosen) if chosen else None
+    return Layout([f"{seed:07d}" for seed in seeds], [frames] * len(seeds), load, found, [], labels)

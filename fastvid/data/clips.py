@@ -2,12 +2,20 @@
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastvid.data._layouts import GENERATORS, Layout, Size, from_generator, natural_key
+from fastvid.data._layouts import (
+    GENERATORS,
+    Layout,
+    Size,
+    from_generator,
+    generator_options,
+    natural_key,
+)
 from fastvid.data.formats import check_options, open_known, parse_spec
 from fastvid.data.formats._plain import open_plain
 from fastvid.data.video import READ_BYTES
@@ -56,6 +64,24 @@ class Clips:
             )
         return self._layout.load(i, start, count, size)
 
+    def only(self, wanted: Sequence[int]) -> "Clips":
+        """Some of the clips, numbered anew, with their labels.
+
+        wanted:  clip numbers, at least one.
+        Returns: Clips in that order.
+        Raises:  DataError for no clips or one outside the data set.
+        """
+        outside = [i for i in wanted if not 0 <= i < len(self)]
+        if outside or not len(wanted):
+            raise DataError(f"clips {list(outside[:1])} wanted of a set of {len(self)}; name some that it has.")
+        layout, rows = self._layout, list(wanted)
+        return Clips(layout._replace(
+            names=[layout.names[i] for i in rows],
+            lengths=[layout.lengths[i] for i in rows],
+            load=lambda i, *rest: layout.load(rows[i], *rest),
+            labels=layout.labels and [layout.labels[i] for i in rows],
+        ))
+
     def describe(self) -> str:
         """What was found and what was skipped, with reasons, in lines of text.
 
@@ -81,8 +107,8 @@ def open_clips(
              video file; a folder of videos, at any depth; a folder of folders of frames (png, jpg, bmp, webp, in
              natural order); either with train/ and test/ below, or val/, which counts as test where that is missing;
              or the name of a generator: digits, push, dino (write ./push for a folder of that name). Options of a
-             format follow a question mark: "kinetics?csv=val.csv&split=val"; format=NAME takes a format by name,
-             format=folder none.
+             format or generator follow a question mark: "kinetics?csv=val.csv&split=val", "digits?count=1";
+             format=NAME takes a format by name, format=folder none.
     split:   "train" or "test": the split of that meaning, whatever the data set calls it, or the generator's range
              of seeds; None means train where there are splits. A split in the spec, in the set's own words, goes
              before it. A data set that is not divided gives all its clips.
@@ -114,10 +140,11 @@ def _opened(spec: str | Path, split: str | None, frames: int, size: Size) -> Cli
 
 
 def _generated(kind: str, split: str, options: dict[str, str], frames: int, size: Size) -> Layout:
-    check_options(f"generator {kind}", options, {})
+    check_options(f"generator {kind}", options, generator_options(kind))
     if "format" in options or split not in ("train", "test"):
         raise DataError(f"generator {kind}: has the splits train and test and no format, got {options}.")
-    return from_generator(kind, split, frames, size)
+    own = {key: value for key, value in options.items() if key != "split"}
+    return from_generator(kind, split, frames, size, own)
 
 
 class ClipWindows:
@@ -170,12 +197,22 @@ class ClipWindows:
         Returns: uint8 [B, T, H, W, 3] in 0..255.
         Raises:  DataError for a rank outside the world, windows of unequal size, or too many bad clips.
         """
+        return self.batch_of(step, batch_size, rank, world)[1]
+
+    def batch_of(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[list[int], Tensor]:
+        """As `batch`, with the clips' numbers.
+
+        step, batch_size, rank, world: as in `batch`.
+        Returns: B clip numbers, and uint8 [B, T, H, W, 3] in 0..255.
+        Raises:  as `batch`.
+        """
         if not 0 <= rank < world or batch_size < 1 or step < 0:
             raise DataError(f"batch: got step {step}, batch_size {batch_size}, rank {rank} of {world}.")
-        windows = [self._draw(step, rank * batch_size + position) for position in range(batch_size)]
+        drawn = [self._draw(step, rank * batch_size + position) for position in range(batch_size)]
+        clips, windows = zip(*drawn, strict=True)
         if any(window.shape != windows[0].shape for window in windows):
             raise DataError("the clips differ in height and width; give ClipWindows one size.")
-        return torch.stack(windows)
+        return list(clips), torch.stack(windows)
 
     def windows(self, every: int = 4) -> list[tuple[int, int]]:
         """All windows that start at multiples of `every` frames.
@@ -236,7 +273,7 @@ class ClipWindows:
         source = Clips(self.clips._layout._replace(skipped=self.skipped))
         return f"windows of {self.span} frames, one in {self.frame_step} kept, from {source.describe()}"
 
-    def _draw(self, step: int, item: int) -> Tensor:
+    def _draw(self, step: int, item: int) -> tuple[int, Tensor]:
         attempt = 0
         while True:
             digest = hashlib.sha256(f"{self.seed}/{step}/{item}/{attempt}".encode()).digest()
@@ -245,7 +282,7 @@ class ClipWindows:
             start = int.from_bytes(digest[8:16], "little") % starts * self.stride
             window = self.try_at(clip, start)
             if window is not None:
-                return window
+                return clip, window
             self._check_share(self.clips.names[clip])  # a caller may have gone on after the first DataError
             attempt += 1
 

@@ -1,11 +1,13 @@
-"""Stochastic moving digits: two real handwritten digits drift over black and bounce off the walls.
+"""Stochastic moving digits: real handwritten digits, two or one, drift over black and bounce off the walls.
 
 A stand-in for stochastic Moving MNIST that needs no download: the 1,797 digits of 8x8 pixels that come with
 scikit-learn, enlarged to 7/16 of the frame. After every bounce the digit gets a new random velocity, so the future is
 known between bounces and not across them. Clips of the train split show the first 1,437 digits, clips of the test
-split the other 360, so a test clip holds no handwriting seen in training.
+split the other 360, so a test clip holds no handwriting seen in training. The value of a
+lone digit is its clip's class.
 """
 
+from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -15,39 +17,75 @@ from torch import Tensor
 from fastvid.data.seeds import SPLITS, check_request, split_of
 from fastvid.errors import DataError
 
-__all__ = ["SPLITS", "VERSION", "make_clip"]
+__all__ = ["OPTIONS", "SPLITS", "VERSION", "check_options", "labels", "make_clip"]
 
 VERSION = 1
 FPS = 25.0
-_DIGITS = 2
+OPTIONS = {"count": "digits in a clip: 2, or 1, whose value is then the clip's class"}
+_COUNTS = {"1": 1, "2": 2}
 _TRAIN_IMAGES = 1437
 _DRAWS = 4  # a frame needs at most four numbers a digit: a new velocity at a wall in y and one at a wall in x
 
 
-def make_clip(seed: int, frames: int = 30, size: tuple[int, int] = (64, 64)) -> Tensor:
+def make_clip(seed: int, frames: int = 30, size: tuple[int, int] = (64, 64), count: int = 2) -> Tensor:
     """Draw one clip; the same seed gives the same bytes everywhere, and a shorter clip is the start of a longer one.
 
     seed:    in one of SPLITS. frames: T, at least 1. size: (H, W), at least 16 pixels a side.
+    count:   digits in the clip, 1 or 2.
     Returns: uint8 [T, H, W, 3], grey as RGB, 0..255; speeds reach min(H, W) / 16 pixels a frame along each axis.
-    Raises:  DataError for a seed outside the splits, no frames, too small a size, or scikit-learn missing.
+    Raises:  DataError for a seed outside the splits, no frames, too small a size, another count, scikit-learn missing.
     Source:  bounce rules of stochastic Moving MNIST, Denton and Fergus 2018, arXiv:1802.07687; digits: UCI optical
              recognition of handwritten digits, Alpaydin and Kaynak 1998.
     """
     check_request("digits", frames, size)
+    if count not in _COUNTS.values():
+        raise DataError(f"digits: `count` must be 1 or 2 digits in a clip, got {count}.")
     split = split_of("digits", seed)
     side = min(size) * 7 // 16
-    # raw counter-based bits: numpy promises their stream for ever, unlike that of its drawing functions
-    bits = np.random.Philox(key=[seed, VERSION]).random_raw((1 + frames) * _DIGITS * _DRAWS)
-    bits = (bits >> np.uint64(33)).astype(np.int64).reshape(1 + frames, _DIGITS, _DRAWS)
+    bits = _bits(seed, (1 + frames) * count * _DRAWS).reshape(1 + frames, count, _DRAWS)
     images = _images(split)
     canvas = np.zeros((frames, *size), dtype=np.uint16)
-    for digit in range(_DIGITS):
+    for digit in range(count):
         image = _enlarge(images[bits[0, digit, 0] % len(images)], side)
         path = _path(bits[:, digit].tolist(), size[0] - side, size[1] - side, max(1, min(size) // 16))
         for frame, (y, x) in zip(canvas, path, strict=True):
             frame[y : y + side, x : x + side] += image
     video = torch.from_numpy(np.minimum(canvas, 255).astype(np.uint8))  # [T, H, W]
     return video[..., None].expand(*video.shape, 3).contiguous()
+
+
+def check_options(options: dict[str, str]) -> dict[str, int]:
+    """What `digits?count=1` says, as arguments of `make_clip`.
+
+    options: as text, keys of OPTIONS alone.
+    Returns: {} or {"count": 1 or 2}.
+    Raises:  DataError for another count.
+    Source:  own notation.
+    """
+    if options.get("count", "2") not in _COUNTS:
+        raise DataError(f"digits: count must be 1 or 2, got '{options['count']}'.")
+    return {key: _COUNTS[value] for key, value in options.items()}
+
+
+def labels(seeds: Iterable[int], count: int = 2) -> list[str] | None:
+    """The class of each clip: the value of its only digit.
+
+    seeds:   of one or more splits. count: digits in a clip.
+    Returns: "0" to "9" for each seed; None for clips of two digits, which have no class.
+    Raises:  DataError for a seed outside the splits, or scikit-learn missing.
+    Source:  targets of the UCI digits, as for `make_clip`.
+    """
+    if count != 1:
+        return None
+    known = {split: _values(split) for split in SPLITS}
+    values = (known[split_of("digits", seed)] for seed in seeds)
+    return [str(of[_bits(seed, 1)[0] % len(of)]) for seed, of in zip(seeds, values, strict=True)]
+
+
+def _bits(seed: int, numbers: int) -> np.ndarray:
+    """The first int64 numbers of a clip, each of 31 random bits."""
+    # raw counter-based bits: numpy promises their stream for ever, unlike that of its drawing functions
+    return (np.random.Philox(key=[seed, VERSION]).random_raw(numbers) >> np.uint64(33)).astype(np.int64)
 
 
 def _path(bits: list[list[int]], height: int, width: int, fastest: int) -> list[tuple[int, int]]:
@@ -97,11 +135,21 @@ def _weights(side: int) -> np.ndarray:
     return weights
 
 
-@cache
 def _images(split: str) -> np.ndarray:
+    return _handwriting(split)[0]
+
+
+def _values(split: str) -> np.ndarray:
+    return _handwriting(split)[1]
+
+
+@cache
+def _handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images int64 [N, 8, 8] in 0..16 and their values [N] of one split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits: wanted scikit-learn for its handwritten digits; pip install scikit-learn") from error
-    images = load_digits().images.astype(np.int64)  # [1797, 8, 8]
-    return images[:_TRAIN_IMAGES] if split == "train" else images[_TRAIN_IMAGES:]
+    digits = load_digits()
+    own = slice(_TRAIN_IMAGES) if split == "train" else slice(_TRAIN_IMAGES, None)
+    return digits.images.astype(np.int64)[own], digits.target[own]

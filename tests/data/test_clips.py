@@ -306,3 +306,21 @@ def test_a_batch_refuses_what_makes_no_sense(tmp_path, arguments):
 def test_natural_order():
     names = ["frame10", "frame9", "frame1", "2", "10", "a1b20", "a1b3", ""]
     assert sorted(names, key=natural_key) == ["", "2", "10", "a1b3", "a1b20", "frame1", "frame9", "frame10"]
+
+
+def test_some_clips_alone_keep_their_frames_and_labels():
+    clips = open_clips("digits?count=1", frames=4, size=(16, 16))
+    some = clips.only([5, 2, 9])
+    assert len(some) == 3 and some.labels == [clips.labels[i] for i in (5, 2, 9)]
+    assert some.names == [clips.names[i] for i in (5, 2, 9)] and torch.equal(some.read(1), clips.read(2))
+    for wanted in ([], [10_000], [-1]):
+        with pytest.raises(DataError, match="wanted of a set of 10000"):
+            clips.only(wanted)
+
+
+def test_a_batch_names_its_clips():
+    windows = ClipWindows(open_clips("digits", frames=6, size=(16, 16)), frames=4, size=None, seed=3)
+    clips, frames = windows.batch_of(7, 5)
+    assert torch.equal(frames, windows.batch(7, 5))
+    for clip, window in zip(clips, frames, strict=True):
+        assert any(torch.equal(windows.at(clip, start), window) for start in range(3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvid.data import digits
+from fastvid.data import digits, open_clips
 from fastvid.data.video import frame_hash
 from fastvid.errors import DataError
 
@@ -78,7 +78,10 @@ def test_enlargement_is_bilinear():
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [((-1,), "seed"), ((1_500_000,), "1500000"), ((0, 0), "frames"), ((0, 4, (15, 64)), "15x64")],
+    [
+        ((-1,), "seed"), ((1_500_000,), "1500000"), ((0, 0), "frames"), ((0, 4, (15, 64)), "15x64"),
+        ((0, 4, (16, 16), 3), "count"),
+    ],
 )
 def test_messages(arguments, word):
     with pytest.raises(DataError, match=word) as caught:
@@ -87,7 +90,40 @@ def test_messages(arguments, word):
 
 
 def test_missing_scikit_learn_is_named(monkeypatch):
-    digits._images.cache_clear()
+    digits._handwriting.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match="pip install scikit-learn"):
         digits.make_clip(0)
+
+
+def test_the_label_of_one_digit_is_its_value():
+    """The images of the value that the label names, and no others, hold the digit that the clip shows."""
+    clips = open_clips("digits?count=1", "test", frames=3, size=(32, 32))
+    assert len(clips.labels) == len(clips) == 1000 and set(clips.labels) == set("0123456789")
+    images, values = digits._handwriting("test")
+    for i in range(30):
+        shown = clips.read(i)[0, ..., 0]
+        rows, columns = shown.any(1).nonzero()[:, 0], shown.any(0).nonzero()[:, 0]
+        ink = shown[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].numpy()
+        found = {str(value) for image, value in zip(images, values, strict=True) if _same_ink(image, ink)}
+        assert found == {clips.labels[i]}
+    assert clips.labels[7] == digits.labels([2_000_007], 1)[0]
+
+
+def _same_ink(image: np.ndarray, ink: np.ndarray) -> bool:
+    large = digits._enlarge(image, 14).astype(np.uint8)
+    rows, columns = large.any(1).nonzero()[0], large.any(0).nonzero()[0]
+    return np.array_equal(large[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], ink)
+
+
+def test_two_digits_are_unchanged_by_the_option_and_have_no_class():
+    plain, two = open_clips("digits", frames=5), open_clips("digits?count=2", frames=5)
+    assert plain.labels is two.labels is None
+    assert torch.equal(plain.read(3), two.read(3)) and torch.equal(two.read(3), digits.make_clip(3, 5))
+
+
+@pytest.mark.parametrize("spec", ["digits?count=3", "digits?count=one", "digits?number=1", "push?count=1"])
+def test_other_options_are_refused(spec):
+    with pytest.raises(DataError, match="count must be 1 or 2|no option") as caught:
+        open_clips(spec)
+    assert "\n" not in str(caught.value)
