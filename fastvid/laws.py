@@ -14,7 +14,7 @@ from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
 # rooms whose ops have backends to choose from
-ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler")
+ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler", "conv_gru")
 
 
 # what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of what launches

@@ -5,6 +5,7 @@ from fastvid.nn.axial import AxialAttention, AxialBlock, AxisAttention, SelfAtte
 from fastvid.nn.block_local import BlockLocalAttention
 from fastvid.nn.codebook import perplexity
 from fastvid.nn.conv import GatedCausalConv3d
+from fastvid.nn.conv_gru import ConvGRU
 from fastvid.nn.dense import Conv3d, ResidualBlock3d
 from fastvid.nn.gated import GatedPixelBlock, GatedPixelStack, GatedStackConfig, code_loss
 from fastvid.nn.live_kernel import raster_taps
@@ -13,7 +14,7 @@ from fastvid.nn.quantize import VectorQuantize
 from fastvid.nn.separable import SeparableAttention
 
 __all__ = [
-    "AxialAttention", "AxialBlock", "AxisAttention", "BlockLocalAttention", "CausalAttention3d", "Conv3d",
+    "AxialAttention", "AxialBlock", "AxisAttention", "BlockLocalAttention", "CausalAttention3d", "Conv3d", "ConvGRU",
     "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d", "GatedPixelBlock",
     "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "SelfAttention",
     "SeparableAttention", "VectorQuantize", "code_loss", "perplexity", "raster_taps",

@@ -14,6 +14,7 @@ from fastvid.ops._op import Backend, Op, never, op
 
 # ops that settle all of their arguments, and what they are called with in place of what the schema has
 WHOLE = {
+    "conv_gru": ([], []),
     "gated_causal_conv": ([], []), "axial_attention": (["axis"], []),
     "axial_self_attention": (["projections", "axes", "scale"], ["weights", "boxes", "scales"]),
 }  # fmt: skip
