@@ -14,7 +14,9 @@ from fastvid.ops._op import LATER, SERVES
 from fastvid.testing import Subject, poisoned_memory
 
 # rooms whose ops have backends to choose from
-ROOMS = ("nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler", "conv_gru")
+ROOMS = (
+    "nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler", "conv_gru", "spectral_norm",
+)  # fmt: skip
 
 
 # what is asked of kernels in Triton's interpreter, which is hundreds of times slower than a GPU; less of what launches
@@ -119,7 +121,7 @@ def any_strides(bench: Bench) -> None:
     """Right from arguments that are spread out in memory, or refused with a reason."""
     for dtype in bench.subject.dtypes:
         args = bench.make(bench.cases[-1], dtype)
-        spread = tuple(_spread(a) if isinstance(a, Tensor) and a.ndim > 1 else a for a in args)
+        spread = tuple([_spread(one) for one in a] if isinstance(a, list) else _spread(a) for a in args)
         if reasons(bench.subject, bench.backend, spread)[bench.backend] == SERVES:
             bench.subject.judge(args, bench.call(spread))
 
@@ -163,8 +165,10 @@ class _told:
             raise AssertionError(f"{self.where}: {error}") from error
 
 
-def _spread(tensor: Tensor) -> Tensor:
-    """The same values, every second element of twice the memory, rows and columns swapped in it."""
+def _spread(tensor):
+    """The same values, every second element of twice the memory, rows and columns swapped in it; the rest as it is."""
+    if not isinstance(tensor, Tensor) or tensor.ndim < 2:
+        return tensor
     wide = tensor.new_zeros(*tensor.shape[:-2], tensor.shape[-1] * 2, tensor.shape[-2] + 3).mT
     wide[..., : tensor.shape[-2], ::2] = tensor
     return wide[..., : tensor.shape[-2], ::2]

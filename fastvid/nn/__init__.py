@@ -12,10 +12,12 @@ from fastvid.nn.live_kernel import raster_taps
 from fastvid.nn.masked import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d, MaskedConv3d
 from fastvid.nn.quantize import VectorQuantize
 from fastvid.nn.separable import SeparableAttention
+from fastvid.nn.spectral import SpectralNorm, orthogonal_init_, spectral_norm, spectral_norm_all, spectral_norms
 
 __all__ = [
     "AxialAttention", "AxialBlock", "AxisAttention", "BlockLocalAttention", "CausalAttention3d", "Conv3d", "ConvGRU",
     "DenseMasked", "DenseMaskedConv2d", "DenseMaskedConv3d", "GatedCausalConv3d", "GatedPixelBlock",
     "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "SelfAttention",
-    "SeparableAttention", "VectorQuantize", "code_loss", "perplexity", "raster_taps",
+    "SeparableAttention", "SpectralNorm", "VectorQuantize", "code_loss", "orthogonal_init_", "perplexity",
+    "raster_taps", "spectral_norm", "spectral_norm_all", "spectral_norms",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastvid.errors import BackendError, UsageError
 
 KNOWN = ("triton", "cuda", "cpu", "reference")
+_NONE = torch.empty(0, device="cpu")
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may have ideas of its own
 SERVES, LATER = "serves", "comes later in the order"
 OPS: dict[str, "Op"] = {}  # every op by name, in the order of their definition
@@ -55,9 +56,13 @@ def triton(run: Callable[..., Any], why_not: Callable[..., str | None]) -> Backe
     return Backend(
         "triton",
         run,
-        lambda *args: _without_triton(args[0]) or why_not(*args),
-        unasked=lambda *args: None if args[0].is_cuda else "runs in Triton's interpreter only when it is asked for",
+        lambda *args: _without_triton(_first(args)) or why_not(*args),
+        unasked=_not_on_a_gpu,
     )
+
+
+def _not_on_a_gpu(*args) -> str | None:
+    return None if _first(args).is_cuda else "runs in Triton's interpreter only when it is asked for"
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -106,8 +111,8 @@ def op(
     schema:   as torch writes it, without the op's name: arguments, and returns with the names that `result` has.
     fake:     stands in for a backend where there are only shapes.
     result:   the NamedTuple that is returned, whose order backends and `fake` keep too; the schema may have another,
-              which backward and setup_context see. Tensor returns a bare one, None nothing, as for ops that write into
-              their arguments.
+              which backward and setup_context see. Tensor returns a bare one, list a bare list of them, None nothing,
+              as for ops that write into their arguments.
     backward, setup_context: as in torch.library.register_autograd; both None where there is no gradient. ctx.backend is
               who was asked for to serve the forward, "" for nobody.
     """
@@ -159,11 +164,11 @@ class Op:
         args, kwargs = self._settled(args, kwargs)
         if not kwargs and len(args) == len(self._names) and self._alone(args):
             outputs = _as_given(self._recorded(args, backend or "").run, args)
-            return outputs[0] if self.result is Tensor else self.result(*outputs)
+            return outputs[0] if self.result in (Tensor, list) else self.result(*outputs)
         # torch would take what an op without a gradient writes for something to differentiate
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             outputs = self.torch_op(*args, **kwargs, backend=backend or "")
-        if self.result in (None, Tensor):
+        if self.result in (None, Tensor, list):
             return outputs
         return self.result(**dict(zip(self._returns, outputs, strict=True)))
 
@@ -177,10 +182,9 @@ class Op:
         if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
             return False
         differentiates = self.differentiable and torch.is_grad_enabled()
-        for arg in args:
-            if isinstance(arg, Tensor):
-                if type(arg) not in PLAIN or arg.is_meta or (differentiates and arg.requires_grad):
-                    return False
+        for arg in _tensors(args):
+            if type(arg) not in PLAIN or arg.is_meta or (differentiates and arg.requires_grad):
+                return False
         return True
 
     def bind(self, *args, backend: str | None = None, **kwargs) -> Callable[..., Any]:
@@ -238,7 +242,7 @@ class Op:
     def _in_schema_order(self, outputs: tuple | None) -> tuple | Tensor | None:
         if self.result is None:
             return None
-        if self.result is Tensor:
+        if self.result in (Tensor, list):
             return outputs[0]
         named = dict(zip(self.result._fields, outputs, strict=True))
         return tuple(named[name] for name in self._returns)
@@ -288,9 +292,23 @@ def _rank(name: str, permitted: list[str]) -> int:
 
 
 def _told(name: str, args: tuple, reasons: dict[str, str]) -> str:
-    given = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in args if isinstance(a, Tensor))
+    given = ", ".join(f"{list(a.shape)} {str(a.dtype)[6:]} {a.device}" for a in _tensors(args))
     width = max(map(len, reasons))
     return "\n".join([f"{name}: {given}", *(f"  {who + ':':{width + 1}} {why}" for who, why in reasons.items())])
+
+
+def _tensors(args: tuple) -> Iterator[Tensor]:
+    """Those among the arguments, and those in lists among them."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (entry for entry in arg if isinstance(entry, Tensor))
+
+
+def _first(args: tuple) -> Tensor:
+    """The tensor by which a device is judged; one on the CPU where there is none."""
+    return next(_tensors(args), _NONE)
 
 
 def _without_triton(tensor: Tensor) -> str | None:

@@ -1,5 +1,6 @@
 """The dispatcher: torch's own checks of every op, the choice of a backend, and what is said when none can serve."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from fastvid.ops._op import Backend, Op, never, op
 
 # ops that settle all of their arguments, and what they are called with in place of what the schema has
 WHOLE = {
-    "conv_gru": ([], []),
-    "gated_causal_conv": ([], []), "axial_attention": (["axis"], []),
+    "conv_gru": ([], []), "gated_causal_conv": ([], []), "spectral_norm": ([], []),
+    "axial_attention": (["axis"], []),
     "axial_self_attention": (["projections", "axes", "scale"], ["weights", "boxes", "scales"]),
 }  # fmt: skip
+TOYS = itertools.count()  # torch keeps the names of ops for good
 DIFFERENTIABLE = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -128,8 +130,7 @@ def toy(*backends: Backend) -> Op:
     def toy_op(x: torch.Tensor, scale: float = 2.0) -> None:
         """Nothing to check."""
 
-    lookalike = Op.__new__(Op)
-    toy_op.__name__ = f"toy_{id(lookalike):x}"
+    toy_op.__name__ = f"toy_{next(TOYS)}"
     made = op("(Tensor(a!) x, float scale=2.0) -> ()", list(backends), fake=lambda *_: None)(toy_op)
     del ops.OPS[made.name]
     return made
