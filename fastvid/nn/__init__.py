@@ -4,6 +4,7 @@ from fastvid.nn.attention import CausalAttention3d
 from fastvid.nn.axial import AxialAttention, AxialBlock, AxisAttention, SelfAttention
 from fastvid.nn.block_local import BlockLocalAttention
 from fastvid.nn.codebook import perplexity
+from fastvid.nn.conditional_norm import ConditionalBatchNorm, frozen_statistics, standing_statistics
 from fastvid.nn.conv import GatedCausalConv3d
 from fastvid.nn.conv_gru import ConvGRU
 from fastvid.nn.dense import Conv3d, ResidualBlock3d
@@ -20,4 +21,5 @@ __all__ = [
     "GatedPixelStack", "GatedStackConfig", "MaskedConv2d", "MaskedConv3d", "ResidualBlock3d", "SelfAttention",
     "SeparableAttention", "SpectralNorm", "VectorQuantize", "code_loss", "orthogonal_init_", "perplexity",
     "raster_taps", "spectral_norm", "spectral_norm_all", "spectral_norms",
+    "ConditionalBatchNorm", "frozen_statistics", "standing_statistics",
 ]

@@ -13,6 +13,15 @@ from fastvid.ops.attention import (
 )  # fmt: skip
 from fastvid.ops.conv import ConvGradients, Gated, causal_conv, gate, gated_causal_conv, gated_causal_conv_backward
 from fastvid.ops.gru import ConvGRUGradients, ConvGRUStates, conv_gru, conv_gru_backward
+from fastvid.ops.norm import (
+    FrameMoments,
+    Normed,
+    NormGradients,
+    conditional_batch_norm,
+    conditional_norm,
+    conditional_norm_backward,
+    frame_moments,
+)  # fmt: skip
 from fastvid.ops.sample import draw, gumbel_row, pack_pixelcnn, pixelcnn_sample, pixelcnn_session
 from fastvid.ops.spectral import SpectralNormed, spectral_norm, spectral_norm_backward
 from fastvid.ops.vq import Nearest, nearest_codebook, nearest_codebook_ema_
@@ -26,4 +35,6 @@ __all__ = [
     "draw", "gate", "gated_causal_conv", "gated_causal_conv_backward", "gumbel_row", "nearest_codebook",
     "nearest_codebook_ema_", "pack_pixelcnn", "pixelcnn_sample", "pixelcnn_session", "relative_bias", "served",
     "spectral_norm", "spectral_norm_backward",
+    "FrameMoments", "NormGradients", "Normed", "conditional_batch_norm", "conditional_norm",
+    "conditional_norm_backward", "frame_moments",
 ]  # fmt: skip
