@@ -116,6 +116,16 @@ def _train(name: str) -> Race:
     return getattr(train_cases, name)()
 
 
+def _dvdgan(name: str, preset: str, **changes) -> Race:
+    import dataclasses
+
+    import dvdgan_cases
+
+    given = changes.pop("given", {})
+    config = dataclasses.replace(dvdgan_cases.PRESETS[preset], **changes)
+    return getattr(dvdgan_cases, name)(config, **given)
+
+
 def _no_cuda() -> str | None:
     import torch
 
@@ -263,6 +273,23 @@ AXIAL_GPU = [
     Case("axial_core_train_gpu", f"{LARGE_VIDEO}, three axes, T causal, forward + backward", "fastvid",
          dict.fromkeys(AXIAL_PEERS), open=lambda: _axial("gpu", "thw", True), missing=_no_cuda),
 ]  # fmt: skip
+TWO_VIDEOS = "two videos of 48 frames at 64x64, version 2, {} channels at 4x4, 600 classes, {}"
+DVDGAN_CPU = Case(
+    "dvdgan_sample_cpu", TWO_VIDEOS.format(128, "fp32"), "fastvid", {"torch": 1.5},
+    open=lambda: _dvdgan("sample_race", "64x48", width=16),
+)  # fmt: skip
+DVDGAN_TRAIN_CPU = Case(
+    "dvdgan_train_step_cpu", "digits32, a step of both discriminators and one of the generator, 8 clips, fp32",
+    "fastvid", {"torch": None}, open=lambda: _dvdgan("train_race", "digits32"),
+)  # fmt: skip
+DVDGAN_GPU = [
+    Case("dvdgan_sample_gpu", TWO_VIDEOS.format(1024, "the paper's widths, bf16"), "fastvid",
+         {"torch": 2.0, "15 ms": 1.0}, open=lambda: _dvdgan("sample_race", "64x48", given={"device": "cuda"}),
+         missing=_no_cuda),
+    Case("dvdgan_train_step_gpu", "64x12, a quarter of the paper's widths, a step of both discriminators and one of "
+         "the generator, 8 clips, fp32", "fastvid", {"torch": None}, missing=_no_cuda,
+         open=lambda: _dvdgan("train_race", "64x12", width=32, discriminator_width=32, given={"device": "cuda"})),
+]  # fmt: skip
 CASES = [
     VQ_512, VQ_512.one_thread(**{"vector-quantize-pytorch": 40.0}), VQ_8192, VQ_8192.one_thread(),
     SMALL_CPU, SMALL_CPU.one_thread(), PAPER_SLICE, FIXED_POINT, WAVEFRONT, WAVEFRONT.one_thread(),
@@ -271,6 +298,7 @@ CASES = [
     AXIAL, AXIAL.one_thread(), AXIAL_TRAIN, AXIAL_CORE, AXIAL_CORE.one_thread(), AXIAL_CORE_TRAIN, AXIAL_STEP,
     BLOCK_LOCAL,
     SMALL_GPU, CLIP_GPU, CLIPS_GPU, VQ_PAPER, VQ_PAPER_BF16, VQ_16K, *CONV_GPU, *CONV_TRAIN_GPU, *AXIAL_GPU,
+    DVDGAN_CPU, DVDGAN_CPU.one_thread(), DVDGAN_TRAIN_CPU, *DVDGAN_GPU,
 ]  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastvid.errors import CheckpointError, UsageError
-from fastvid.models import bottom_prior, hierarchical_vqvae, top_prior
+from fastvid.models import bottom_prior, dvd_config, hierarchical_vqvae, top_prior
 from fastvid.models.bottom_prior import BottomPrior, BottomPriorConfig
+from fastvid.models.dvd_config import DVDGANConfig
+from fastvid.models.dvd_gan import generator_of
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE, VQVAEConfig
 from fastvid.models.top_prior import TopPrior, TopPriorConfig
 
@@ -19,9 +21,13 @@ KINDS = {
     "vqvae": (HierarchicalVQVAE, VQVAEConfig),
     "top": (TopPrior, TopPriorConfig),
     "bottom": (BottomPrior, BottomPriorConfig),
+    "dvdgan": (generator_of, DVDGANConfig),
 }
 SLACK = 1 << 24  # numbers that a model holds beyond its weights, such as masks
-PRESETS = {"vqvae": hierarchical_vqvae.PRESETS, "top": top_prior.PRESETS, "bottom": bottom_prior.PRESETS}
+PRESETS = {
+    "vqvae": hierarchical_vqvae.PRESETS, "top": top_prior.PRESETS, "bottom": bottom_prior.PRESETS,
+    "dvdgan": dvd_config.PRESETS,
+}  # fmt: skip
 
 
 def preset(kind: str, name: str) -> Any:
@@ -33,7 +39,7 @@ def preset(kind: str, name: str) -> Any:
 
 
 def build(kind: str, config: dict, fresh: bool = True, most: int | None = None) -> torch.nn.Module:
-    """A model of kind `vqvae`, `top` or `bottom` from its config as a (nested) dict.
+    """A model of one of KINDS from its config as a (nested) dict.
 
     fresh: draw starting weights; False leaves the parameters as memory happens to be, for a caller that loads them all.
     most:  not fresh: how many numbers all tensors together may have; more is a ValueError, before memory is taken.
