@@ -16,7 +16,7 @@ from fastvid.testing import Subject, poisoned_memory
 # rooms whose ops have backends to choose from
 ROOMS = (
     "nearest_codebook", "gated_causal_conv", "axial_attention", "pixelcnn_sampler", "conv_gru", "spectral_norm",
-    "conditional_batch_norm",
+    "conditional_batch_norm", "image_conv",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from fastvid.nn.conv import GatedCausalConv3d
 from fastvid.nn.conv_gru import ConvGRU
 from fastvid.nn.dense import Conv3d, ResidualBlock3d
 from fastvid.nn.gated import GatedPixelBlock, GatedPixelStack, GatedStackConfig, code_loss
+from fastvid.nn.image_conv import Conv2d
 from fastvid.nn.live_kernel import raster_taps
 from fastvid.nn.masked import DenseMasked, DenseMaskedConv2d, DenseMaskedConv3d, MaskedConv2d, MaskedConv3d
 from fastvid.nn.quantize import VectorQuantize
@@ -22,4 +23,5 @@ __all__ = [
     "SeparableAttention", "SpectralNorm", "VectorQuantize", "code_loss", "orthogonal_init_", "perplexity",
     "raster_taps", "spectral_norm", "spectral_norm_all", "spectral_norms",
     "ConditionalBatchNorm", "frozen_statistics", "standing_statistics",
+    "Conv2d",
 ]

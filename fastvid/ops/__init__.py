@@ -13,6 +13,7 @@ from fastvid.ops.attention import (
 )  # fmt: skip
 from fastvid.ops.conv import ConvGradients, Gated, causal_conv, gate, gated_causal_conv, gated_causal_conv_backward
 from fastvid.ops.gru import ConvGRUGradients, ConvGRUStates, conv_gru, conv_gru_backward
+from fastvid.ops.image import ImageConvGradients, image_conv, image_conv_backward
 from fastvid.ops.norm import (
     FrameMoments,
     Normed,
@@ -37,4 +38,5 @@ __all__ = [
     "spectral_norm", "spectral_norm_backward",
     "FrameMoments", "NormGradients", "Normed", "conditional_batch_norm", "conditional_norm",
     "conditional_norm_backward", "frame_moments",
+    "ImageConvGradients", "image_conv", "image_conv_backward",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from fastvid.ops._op import Backend, Op, never, op
 # ops that settle all of their arguments, and what they are called with in place of what the schema has
 WHOLE = {
     "conv_gru": ([], []), "gated_causal_conv": ([], []), "spectral_norm": ([], []),
-    "axial_attention": (["axis"], []),
+    "axial_attention": (["axis"], []), "image_conv": ([], []),
     "axial_self_attention": (["projections", "axes", "scale"], ["weights", "boxes", "scales"]),
 }  # fmt: skip
 TOYS = itertools.count()  # torch keeps the names of ops for good
