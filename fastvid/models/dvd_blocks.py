@@ -150,6 +150,7 @@ def each_frame(layer, x: Tensor) -> Tensor:
 
 
 def check_label(who: str, label: Tensor, classes: int) -> None:
+    """Refuse labels that are not [B] int64 in [0, classes): ValueError."""
     if label.dtype != torch.int64 or label.ndim != 1:
         raise ValueError(f"{who}: `label` must be [B] int64, got {list(label.shape)} {label.dtype}.")
     # on a GPU the look-up itself says so, without a wait for it here
