@@ -7,23 +7,17 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg, subcommand
 
 
-# the names and defaults of fastvid.train.TrainOptions, which cannot be imported without torch
+# the names and defaults of the options in fastvid.train, which cannot be imported without torch
 @dataclass(frozen=True)
-class TrainSettings:
-    """How long to train, and how."""
-
+class _RunSettings:
     steps: int = 100_000
     """Optimizer steps in all."""
     batch_size: int = 16
     """Clips per step, over all processes."""
-    learning_rate: float = 3e-4
     warmup: int = 500
     """Steps over which the learning rate rises."""
     decay: Literal["cosine", "none"] = "cosine"
     """What the learning rate does after that."""
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    """Largest norm of the whole gradient."""
     ema_decay: float = 0.999
     """Averaging of the weights."""
     seed: int = 0
@@ -37,6 +31,40 @@ class TrainSettings:
     """Stop, with a checkpoint, after this much time."""
     threads: int | None = None
     """CPU threads."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(_RunSettings):
+    """How long to train, and how."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
+
+
+@dataclass(frozen=True)
+class GANSettings(_RunSettings):
+    """How long to train, and how."""
+
+    warmup: int = 0
+    """Steps over which the learning rates rise."""
+    decay: Literal["cosine", "none"] = "none"
+    """What the learning rates do after that."""
+    ema_decay: float = 0.9999
+    """Averaging of the generator's weights."""
+    ema_start: int = 20_000
+    """The step from which they are averaged; before it they are copied."""
+    generator_rate: float = 1e-4
+    """The generator's learning rate."""
+    discriminator_rate: float | None = None
+    """The discriminators' learning rate; by default 5e-4, or 2e-4 for the first version's model (v1)."""
+    discriminator_steps: int = 2
+    """Turns of the discriminators before each of the generator."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; losses and statistics stay float32."""
+    checkpointing: bool = False
+    """Recompute the generator's activations in place of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +163,52 @@ class TrainBottom(_TrainPrior):
 
 
 @dataclass(frozen=True)
+class TrainDVDGAN:
+    """A generator of whole clips, against two discriminators; or, of an -fp preset, one that goes on from frames."""
+
+    data: str
+    """Clips: a folder (its train/ where it has one), a published data set (path?key=value), or a generator:
+    digits?count=1, digits, push, dino. Where the data name classes, the model learns them."""
+    out: Path
+    """The run folder: log.csv, spectral_norms.csv, samples/, checkpoint/, model/."""
+    preset: str = "digits32"
+    """Sizes of the model: 64x12, 64x48, 128x12, 128x48, 256x12, 64-fp, 64-fp4 (the paper's), digits32, push32-fp, tiny,
+    tiny-fp."""
+    resume: bool = False
+    """Go on from the run's checkpoint."""
+    classes: tuple[str, ...] | None = None
+    """Only these classes of the data, by name."""
+    size: int | None = None
+    """Height and width of the frames in pixels; by default the preset's."""
+    frames: int | None = None
+    """Frames that the model generates; by default the preset's."""
+    frame_step: int = 1
+    """Keep every n-th frame of the clips."""
+    device: str | None = None
+    """By default the GPU, where there is one."""
+    settings: OmitArgPrefixes[GANSettings] = field(default_factory=GANSettings)
+
+    def run(self) -> None:
+        """Train. Raises FastvidError."""
+        from fastvid.train import train_dvdgan
+
+        _say_trained(train_dvdgan(
+            self.data, self.preset, self.out, resume=self.resume, size=self.size, frames=self.frames,
+            frame_step=self.frame_step, classes=None if self.classes is None else list(self.classes),
+            device=self.device, **asdict(self.settings),
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Train:
-    """Train the autoencoder, then the two priors on its codes."""
+    """Train the autoencoder, then the two priors on its codes; or a GAN."""
 
     model: (
         Annotated[TrainVQVAE, subcommand("vqvae")]
         | Annotated[TrainDecoder, subcommand("decoder")]
         | Annotated[TrainTop, subcommand("top")]
         | Annotated[TrainBottom, subcommand("bottom")]
+        | Annotated[TrainDVDGAN, subcommand("dvdgan")]
     )
 
     def run(self) -> None:

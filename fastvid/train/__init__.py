@@ -1,10 +1,9 @@
 """Training: `train_vqvae`, then `train_top` and `train_bottom` on its codes; each leaves a run folder with a model.
 
-`train_decoder` goes on with a VQ-VAE's decoder alone, which neither codes nor priors notice.
+`train_decoder` goes on with a VQ-VAE's decoder alone, which neither codes nor priors notice. `train_dvdgan` trains the
+other kind of model, which has no codes.
 """
 
-import hashlib
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -15,14 +14,17 @@ from torch import nn
 
 from fastvid import models
 from fastvid.checkpoint import has_folder, manifest_hash, read_config
-from fastvid.data.clips import Clips, ClipWindows, open_clips
-from fastvid.errors import UsageError, VideoError
+from fastvid.data.clips import ClipWindows, open_clips
+from fastvid.errors import UsageError
 from fastvid.metrics import LPIPS
+from fastvid.train.dvdgan import train_dvdgan
+from fastvid.train.gan import DVDGANTask
 from fastvid.train.latents import Latents, encode_windows, load_latents
 from fastvid.train.loop import TrainResult, train
-from fastvid.train.options import TrainOptions
+from fastvid.train.options import GANOptions, TrainOptions
 from fastvid.train.ranks import Ranks, process_group
 from fastvid.train.run import Task, check_run
+from fastvid.train.setup import clips_hash, device_of
 from fastvid.train.tasks import BottomTask, DecoderTask, TopTask, VQVAETask
 from fastvid.weights import load_weights
 
@@ -31,8 +33,9 @@ FRAMES = 16
 SIZES = {"paper": 256, "dino64": 64, "dino64-wavefront": 64, "push64": 64, "tiny": 32}
 
 __all__ = [
-    "BottomTask", "DecoderTask", "Latents", "Task", "TopTask", "TrainOptions", "TrainResult", "VQVAETask",
-    "encode_windows", "load_latents", "train", "train_bottom", "train_decoder", "train_top", "train_vqvae",
+    "BottomTask", "DVDGANTask", "DecoderTask", "GANOptions", "Latents", "Task", "TopTask", "TrainOptions",
+    "TrainResult", "VQVAETask", "encode_windows", "load_latents", "train", "train_bottom", "train_decoder",
+    "train_dvdgan", "train_top", "train_vqvae",
 ]
 
 
@@ -72,7 +75,7 @@ def train_decoder(data: str, vqvae: str | Path, out: str | Path, *, scene: bool 
     check_run(Path(out), resume)
     if not (perceptual >= 0 and math.isfinite(perceptual)):
         raise UsageError(f"--perceptual must be at least 0, got {perceptual}.")
-    lpips = LPIPS.from_tensors("alex", load_weights("lpips_alex").tensors).to(_device(device)) if perceptual else None
+    lpips = LPIPS.from_tensors("alex", load_weights("lpips_alex").tensors).to(device_of(device)) if perceptual else None
     with process_group() as ranks:
         old, identity = _load_vqvae(Path(vqvae), device)
         windows, about = _windows(data, _size(str(vqvae), size or _trained_size(Path(vqvae))), chosen.seed, ranks)
@@ -153,18 +156,7 @@ def _windows(data: str, size: int, seed: int, ranks: Ranks) -> tuple[ClipWindows
     windows = ClipWindows(clips, frames=FRAMES, size=(size, size), seed=seed)
     if ranks.leads:
         print(windows.describe(), file=sys.stderr)
-    return windows, {"clips": _clips_hash(clips), "frames": FRAMES, "size": size}
-
-
-def _clips_hash(clips: Clips) -> str:
-    """Names, lengths and three sample frames: names alone would not notice clips made again by another generator."""
-    listed = hashlib.sha256(json.dumps([clips.names, clips.lengths]).encode())
-    for index in sorted({0, len(clips) // 2, len(clips) - 1}):
-        try:
-            listed.update(clips.read(index, 0, 1).contiguous().numpy().tobytes())
-        except VideoError:
-            listed.update(b"unreadable")  # training names such clips and does without them
-    return listed.hexdigest()
+    return windows, {"clips": clips_hash(clips), "frames": FRAMES, "size": size}
 
 
 def _size(preset: str, size: int | None) -> int:
@@ -186,21 +178,11 @@ def _trained_size(vqvae: Path) -> int | None:
 
 def _load_vqvae(path: Path, device: str | None) -> tuple[nn.Module, dict]:
     model, folder = models.load_part("vqvae", path)
-    model = model.to(_device(device), memory_format=torch.channels_last_3d)
+    model = model.to(device_of(device), memory_format=torch.channels_last_3d)
     return model.requires_grad_(False), {"vqvae": manifest_hash(folder)}
 
 
 def _fresh(kind: str, config, seed: int, device: str | None) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return models.build(kind, asdict(config)).to(_device(device))
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name}: torch cannot use it: {str(error).splitlines()[0]}") from error
-    return name
+        return models.build(kind, asdict(config)).to(device_of(device))

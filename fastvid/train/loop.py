@@ -16,6 +16,7 @@ from fastvid.train.options import TrainOptions
 from fastvid.train.ranks import Ranks
 from fastvid.train.report import Report, stop_signals
 from fastvid.train.run import Run, Task, check_run
+from fastvid.train.turns import Mover, Turn
 
 PATIENCE = 10  # skipped steps in a row that end a run
 
@@ -76,42 +77,66 @@ def _steps(run: Run) -> str:
 
 
 def _step(run: Run, flags: dict) -> dict[str, float]:
-    """One optimizer step, or none of it if a number is not finite."""
+    """One step, which is every turn of it, or nothing at all if a number is not finite."""
     torch.manual_seed(_seed(run.options.seed, run.step, run.ranks.rank))
     before = {name: value.clone() for name, value in run.buffers.items()}
-    run.optimizer.zero_grad()
-    loss, metrics = run.task.loss(run.step, run.ranks.rank, run.ranks.world)
-    loss.backward()
-    values = torch.stack([torch.as_tensor(v).detach().float().to(loss.device) for v in (loss, *metrics.values())])
-    numbers = dict(zip(["loss", *metrics], values.tolist(), strict=True))
-    gradients = _gradients(run)
-    numbers = run.ranks.average(gradients, numbers | {name: float(flag()) for name, flag in flags.items()})
-    norm = torch.nn.utils.get_total_norm(gradients)
-    culprit = _not_finite(run, numbers["loss"], norm)
+    played: list[dict[str, float]] = []
+    for place, turn in enumerate(run.turns):
+        numbers, culprit = _play(run, place, turn, {} if place else flags)
+        played.append(numbers)
+        if culprit is not None:
+            break
     if culprit is None:
-        _apply(run, norm)
+        follow(run.average, run.averaged, run.options.ema_at(run.step))
         run.streak = 0
+        for mover in run.movers.values():
+            mover.forget()
     else:
         _skip(run, before, culprit)
     run.step += 1
-    return numbers | {"gradient_norm": float(norm), "skip": float(culprit is not None)}
+    whole = len(played) == len(run.turns)
+    return _together(played) | {"skip": float(culprit is not None), "whole": float(whole)}
 
 
-def _gradients(run: Run) -> list[Tensor]:
-    if run.ranks.world > 1:
+def _together(played: list[dict[str, float]]) -> dict[str, float]:
+    """The numbers of all turns; means where turns have numbers of the same name."""
+    names = dict.fromkeys(name for numbers in played for name in numbers)
+    found = {name: [numbers[name] for numbers in played if name in numbers] for name in names}
+    return {name: values[0] if len(values) == 1 else sum(values) / len(values) for name, values in found.items()}
+
+
+def _play(run: Run, place: int, turn: Turn, flags: dict) -> tuple[dict[str, float], str | None]:
+    """One turn: its numbers and, where it moved nothing, why."""
+    mover = run.movers[turn.player]
+    if len(run.movers) > 1:
+        # no gradients for those whose turn it is not
+        for name, p in run.named.items():
+            p.requires_grad_(name in mover.named)
+    mover.optimizer.zero_grad()
+    loss, metrics = turn.loss(run.step, run.ranks.rank, run.ranks.world)
+    loss.backward()
+    values = torch.stack([torch.as_tensor(v).detach().float().to(loss.device) for v in (loss, *metrics.values())])
+    total = f"loss{turn.suffix}"
+    numbers = dict(zip([total, *metrics], values.tolist(), strict=True))
+    gradients = _gradients(mover, run.ranks.world)
+    numbers = run.ranks.average(gradients, numbers | {name: float(flag()) for name, flag in flags.items()})
+    norm = torch.nn.utils.get_total_norm(gradients)
+    culprit = _not_finite(run, mover, numbers[total], norm)
+    if culprit is None:
+        if place + 1 < len(run.turns) and not mover.kept:
+            mover.keep()  # a later turn may still fail
+        mover.move(norm, run.options.rate_at(run.step, mover.player.learning_rate))
+    elif len(run.turns) > 1:
+        culprit = f"in turn {place + 1} of {len(run.turns)} ({turn.player}) {culprit}"
+    return numbers | {f"gradient_norm{turn.suffix}": float(norm)}, culprit
+
+
+def _gradients(mover: Mover, world: int) -> list[Tensor]:
+    if world > 1:
         # every process must bring the same tensors to the all-reduce
-        for p in run.named.values():
+        for p in mover.named.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    return [p.grad for p in run.named.values() if p.grad is not None]
-
-
-def _apply(run: Run, norm: Tensor) -> None:
-    options = run.options
-    torch.nn.utils.clip_grads_with_norm_(list(run.named.values()), options.clip_norm, norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = options.rate_at(run.step)
-    run.optimizer.step()
-    follow(run.average, run.model, options.ema_at(run.step))
+    return [p.grad for p in mover.named.values() if p.grad is not None]
 
 
 @torch.no_grad()
@@ -128,25 +153,30 @@ def follow(average: nn.Module, model: nn.Module, keep: float) -> None:
         old.copy_(new)
 
 
-def _not_finite(run: Run, loss: float, norm: Tensor) -> str | None:
+def _not_finite(run: Run, mover: Mover, loss: float, norm: Tensor) -> str | None:
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if bool(torch.isfinite(norm)):
         return _bad_buffer(run)
-    named = (name for name, p in run.named.items() if p.grad is not None and not torch.isfinite(p.grad).all())
+    named = (name for name, p in mover.named.items() if p.grad is not None and not torch.isfinite(p.grad).all())
     return f"the gradient of {next(named, 'all weights together')} is not finite"
 
 
 def _bad_buffer(run: Run) -> str | None:
-    named = (name for name, b in run.buffers.items() if b.is_floating_point() and not torch.isfinite(b).all())
+    floating = {name: b for name, b in run.buffers.items() if b.is_floating_point()}
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(floating.values()))):
+        return None  # one look at the device in place of one a buffer
+    named = (name for name, b in floating.items() if not torch.isfinite(b).all())
     return next((f"the buffer {name} is not finite" for name in named), None)
 
 
 @torch.no_grad()
 def _skip(run: Run, before: dict[str, Tensor], culprit: str) -> None:
-    # the forward pass has already moved the codebooks
+    # the forward pass has already moved the codebooks, and earlier turns their players
     for name, old in before.items():
         run.buffers[name].copy_(old)
+    for mover in run.movers.values():
+        mover.take_back()
     run.skipped += 1
     run.streak += 1
     if run.ranks.leads:
@@ -154,7 +184,7 @@ def _skip(run: Run, before: dict[str, Tensor], culprit: str) -> None:
     if run.streak >= PATIENCE:
         raise FastvidError(
             f"{PATIENCE} steps in a row were not finite, the last, {run.step + 1}, because {culprit}; "
-            f"lower --learning-rate or look at the data. The last checkpoint is of step {run.saved}."
+            f"lower the learning rate or look at the data. The last checkpoint is of step {run.saved}."
         )
 
 

@@ -1,7 +1,7 @@
 """A run: everything that a step changes, and its way to the disk and back.
 
-The folder holds log.csv, samples/, checkpoint/ (weights, averaged weights, optimizer, step) and model/ (the averaged
-weights, ready to load).
+The folder holds log.csv (and a task's own tables), samples/, checkpoint/ (weights, averaged weights, optimizers, step)
+and model/ (the averaged weights, ready to load).
 """
 
 import copy
@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fastvid.checkpoint import has_folder, load_parts, save_folder
@@ -17,8 +16,11 @@ from fastvid.errors import CheckpointError, UsageError
 from fastvid.train.log import CsvLog
 from fastvid.train.options import TrainOptions
 from fastvid.train.ranks import Ranks, state_of
+from fastvid.train.turns import Mover, Player, Turn
 
-RUN_NAMES = {"log.csv", "log.csv.tmp", "samples", "latents", "model", "checkpoint"}
+TABLES = ("log", "spectral_norms")
+_FILES = {f"{name}.csv{end}" for name in TABLES for end in ("", ".tmp")}
+RUN_NAMES = {"samples", "latents", "model", "checkpoint", *_FILES}
 
 
 class Task(Protocol):
@@ -26,6 +28,11 @@ class Task(Protocol):
 
     config:      of the model folder, {"kind": ..., sizes}.
     fingerprint: JSON values that must be the same when a run is continued (data, model).
+
+    A task may have more, as DVDGANTask does: `players` and `turns` (of `fastvid.train.turns`) in place of one player
+    that moves the whole model by `loss`; `averaged`, the part of the model that is averaged and becomes the model
+    folder; `tables()`, {name of TABLES: {column: number}} beside each row of the log; `warn(step, row)`, a line of
+    text for the user, or None, after each row.
     """
 
     model: nn.Module
@@ -65,20 +72,38 @@ class Run:
         self.task, self.options, self.out, self.ranks = task, options, out, ranks
         self.model = task.model.train()
         ranks.spread(state_of(self.model))
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
-        )
+        self.averaged = getattr(task, "averaged", self.model)
+        self.average = copy.deepcopy(self.averaged).eval().requires_grad_(False)
+        players = getattr(task, "players", None) or [self._only_player()]
+        self.movers = {player.name: Mover(player) for player in players}
+        self.turns = getattr(task, "turns", None) or (Turn("", task.loss),)
+        self.named = {name: p for mover in self.movers.values() for name, p in mover.named.items()}
         kept = self.model.state_dict().keys()
         self.buffers = {name: b for name, b in self.model.named_buffers() if name in kept}
         self.step = self.skipped = self.streak = 0
         self.saved = None
 
+    def _only_player(self) -> Player:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        options = self.options
+        return Player(
+            "", named, options.learning_rate, weight_decay=options.weight_decay, clip_norm=options.clip_norm
+        )  # fmt: skip
+
     def begin(self) -> None:
         self.ranks.wait()
         self.save()
-        self.log = CsvLog(self.out / "log.csv") if self.ranks.leads else None
+        self._open_tables(0)
+
+    def _open_tables(self, after: int) -> None:
+        self.logs = {name: CsvLog(self.out / f"{name}.csv", after) for name in TABLES} if self.ranks.leads else {}
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the step just done, under the names that they have in the log."""
+        return {
+            f"learning_rate{'_' * bool(name)}{name}": self.options.rate_at(self.step - 1, mover.player.learning_rate)
+            for name, mover in self.movers.items()
+        }
 
     def save(self) -> None:
         """Write the checkpoint and, once anything is learnt, the model folder."""
@@ -109,11 +134,9 @@ class Run:
             raise CheckpointError(f"{path}: does not fit this run: {str(error).splitlines()[0]}") from error
         self.saved = self.step
         self.ranks.wait()
+        self._open_tables(self.step)
         if self.ranks.leads:
-            self.log = CsvLog(self.out / "log.csv", after=self.step)
             self.save_model()
-        else:
-            self.log = None
 
     def _identity(self) -> dict:
         return {"options": self.options.fixed(), "all_options": asdict(self.options), "task": self.task.fingerprint}
@@ -130,18 +153,12 @@ class Run:
                     )
 
     def _moments(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {f"{key}/{name}": value for name, p in self.named.items() for key, value in state[p].items()}
+        return {name: tensor for mover in self.movers.values() for name, tensor in mover.moments().items()}
 
     def _set_moments(self, moments: dict[str, Tensor]) -> None:
-        expected = {f"{key}/{name}" for name in self.named for key in ("step", "exp_avg", "exp_avg_sq")}
-        if moments and set(moments) != expected:
-            raise KeyError("the optimizer's tensors have other names")
-        for full, value in moments.items():
-            key, name = full.split("/", 1)
-            parameter = self.named[name]
-            if key != "step" and value.shape != parameter.shape:
-                raise ValueError(f"the optimizer's {full} has another shape")
-            # in the parameter's own memory layout: the fused step walks both as plain memory
-            own = value if key == "step" else torch.empty_like(parameter).copy_(value)
-            self.optimizer.state[parameter][key] = own.detach().to(parameter.device)
+        owners = {name: mover for mover in self.movers.values() for name in mover.named}
+        shares: dict[str, dict[str, Tensor]] = {name: {} for name in self.movers}
+        for full, tensor in moments.items():
+            shares[owners[full.split("/", 1)[1]].player.name][full] = tensor
+        for name, mover in self.movers.items():
+            mover.set_moments(shares[name])

@@ -1,8 +1,14 @@
 """Small stand-ins for the tests of training: clips without files, and a task that is quick to step."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastvid.nn import ConditionalBatchNorm, spectral_norm_all
+from fastvid.train import DVDGANTask, GANOptions
+from fastvid.train.gan import Networks
 
 
 class Windows:
@@ -14,10 +20,21 @@ class Windows:
         still = still.repeat_interleave(8, 2).repeat_interleave(8, 3)
         self.clips = torch.cat([still.roll(t, 3) for t in range(frames)], dim=1)  # [N, T, H, W, 3]
 
+    @property
+    def frames(self) -> int:
+        return self.clips.shape[1]
+
+    @property
+    def usable(self) -> list[int]:
+        return list(range(len(self.clips)))
+
     def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
+        return self.batch_of(step, batch_size, rank, world)[1]
+
+    def batch_of(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[list[int], Tensor]:
         generator = torch.Generator().manual_seed(step)
-        picked = torch.randint(len(self.clips), (batch_size * world,), generator=generator)
-        return self.clips[picked.chunk(world)[rank]]
+        picked = torch.randint(len(self.clips), (batch_size * world,), generator=generator).chunk(world)[rank]
+        return picked.tolist(), self.clips[picked]
 
     def windows(self, every: int = 4) -> list[tuple[int, int]]:
         return [(clip, 0) for clip in range(len(self.clips))]
@@ -70,3 +87,64 @@ class NetTask:
         assert not model.training
         self.sheets += 1
         return torch.full((8, 8, 3), 7, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """What DVDGANTask asks of a config."""
+
+    frames: int = 4
+    size: int = 8
+    classes: int = 0
+    latent: int = 5
+    given: int = 0
+    spatial_frames: int = 2
+
+
+class ToyGenerator(nn.Module):
+    """DVDGANGenerator's interface: one linear layer, one conditional norm, one convolution."""
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.classes = nn.Embedding(config.classes, 3) if config.classes else None
+        condition = config.latent + 3 * bool(config.classes)
+        self.start = nn.Linear(condition, 2 * config.frames * config.size**2)
+        self.norm = ConditionalBatchNorm(2, condition, config.frames, relu=True)
+        self.last = nn.Conv3d(2, 3, 1)
+        spectral_norm_all(self)
+
+    def forward(self, z: Tensor, label: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+        config = self.config
+        assert (label is None) == (self.classes is None) and (given is None) == (config.given == 0)
+        u = z if label is None else torch.cat([z, self.classes(label)], 1)
+        x = self.norm(self.start(u).view(-1, 2, config.frames, config.size, config.size), u)
+        return torch.tanh(self.last(x) + (0 if given is None else given[:, :, -1:].mean((3, 4), keepdim=True)))
+
+
+class ToyJudge(nn.Module):
+    """Either discriminator's interface."""
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.body, self.head = nn.Conv3d(3, 4, 1), nn.Linear(4, 1)
+        self.classes = nn.Embedding(config.classes, 4) if config.classes else None
+        spectral_norm_all(self)
+
+    def forward(self, video: Tensor, label: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
+        assert (label is None) == (self.classes is None)
+        if frames is not None:
+            video = video.movedim(2, 1)[torch.arange(len(video))[:, None], frames].movedim(1, 2)
+        x = F.relu(self.body(video)).mean((2, 3, 4))
+        return self.head(x)[:, 0] + (0 if label is None else (self.classes(label) * x).sum(1))
+
+
+def toy_gan(options: GANOptions, sync: bool = False, **config) -> DVDGANTask:
+    """DVDGANTask of toy networks on drifting noise, of as many classes as clips where there are any."""
+    torch.manual_seed(0)
+    config = ToyConfig(**config)
+    networks = Networks(ToyGenerator(config), ToyJudge(config), ToyJudge(config))
+    networks.generator.norm.sync = sync
+    classes = torch.arange(5) % config.classes if config.classes else None
+    windows = Windows(5, config.given + config.frames, config.size)
+    return DVDGANTask(networks, windows, options, {"clips": "noise"}, classes)

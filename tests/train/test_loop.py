@@ -100,10 +100,10 @@ def test_a_long_gradient_is_cut(tmp_path):
 
 def test_the_learning_rate_rises_and_falls():
     options = TrainOptions(steps=100, warmup=10, learning_rate=1.0)
-    rates = [options.rate_at(step) for step in range(100)]
+    rates = [options.rate_at(step, options.learning_rate) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and max(rates) == rates[10] and 0 < rates[99] < 1e-3
     assert rates[50] == pytest.approx(0.5)
-    assert replace(options, decay="none").rate_at(99) == 1.0
+    assert replace(options, decay="none").rate_at(99, 1.0) == 1.0
 
 
 def test_the_average_forgets_the_start_first():
