@@ -173,7 +173,7 @@ class TrainDVDGAN:
     """The run folder: log.csv, spectral_norms.csv, samples/, checkpoint/, model/."""
     preset: str = "digits32"
     """Sizes of the model: 64x12, 64x48, 128x12, 128x48, 256x12, 64-fp, 64-fp4 (the paper's), digits32, push32-fp, tiny,
-    tiny-fp."""
+    tiny-fp; each also with -v1 behind it, the paper's first version."""
     resume: bool = False
     """Go on from the run's checkpoint."""
     classes: tuple[str, ...] | None = None

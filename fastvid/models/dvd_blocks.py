@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvid.models.dvd_config import DVDGANConfig
-from fastvid.nn import ConditionalBatchNorm, ConvGRU
+from fastvid.nn import ConditionalBatchNorm, Conv2d, ConvGRU
 
 
 class Group(nn.Module):
@@ -38,8 +38,8 @@ class GeneratorBlock(nn.Module):
         norm = lambda channels, larger: ConditionalBatchNorm(  # noqa: E731
             channels, config.condition, config.frames, relu=True, upsample=larger
         )
-        self.norm_in, self.conv_in = norm(cin, upsample), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm_out, self.conv_out = norm(cout, False), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm_in, self.conv_in = norm(cin, upsample), Conv2d(cin, cout, 3, padding=1)
+        self.norm_out, self.conv_out = norm(cout, False), Conv2d(cout, cout, 3, padding=1)
         self.past = nn.Conv2d(cin, cout, 1) if upsample or cin != cout else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def __init__(self, axes: int, cin: int, cout: int, first: bool):
         super().__init__()
-        conv = nn.Conv2d if axes == 2 else nn.Conv3d
+        conv = Conv2d if axes == 2 else nn.Conv3d
         self.pool = F.avg_pool2d if axes == 2 else F.avg_pool3d
         self.first = first
         self.conv_in, self.conv_out = conv(cin, cout, 3, padding=1), conv(cout, cout, 3, padding=1)

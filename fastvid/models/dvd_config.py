@@ -1,7 +1,7 @@
 """DVD-GAN's sizes: the config of its generator and discriminators, and the presets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastvid.errors import UsageError
 
@@ -46,7 +46,7 @@ class DVDGANConfig:
             if len(getattr(self, name)) != doublings or min(getattr(self, name)) < 1:
                 raise UsageError(
                     f"dvdgan: {name} must be {doublings} numbers from 1 on, one for each doubling from 4 to "
-                    f"{self.size} pixels; got {getattr(self, name)}."
+                    f"{self.size} pixels; got {getattr(self, name)}. Choose a preset of that size."
                 )
         if self.frames < 1 or self.given < 0 or self.shown % 4:
             raise UsageError(
@@ -112,3 +112,5 @@ PRESETS = {
         spatial_frames=3,
     ),
 }  # fmt: skip
+# the paper's first version, of the same widths
+PRESETS |= {f"{name}-v1": replace(config, variant="v1") for name, config in PRESETS.items()}

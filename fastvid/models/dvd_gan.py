@@ -22,6 +22,7 @@ from fastvid.models.dvd_blocks import Block, Encoder, Group, Head, SelfAttention
 from fastvid.models.dvd_config import START, DVDGANConfig
 from fastvid.nn import (
     ConditionalBatchNorm,
+    Conv2d,
     ConvGRU,
     SeparableAttention,
     frozen_statistics,
@@ -57,7 +58,7 @@ class DVDGANGenerator(nn.Module):
         )
         self.before = Encoder(config) if config.given else None
         self.norm = ConditionalBatchNorm(widths[-1], config.condition, config.frames, relu=True)
-        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.last = Conv2d(widths[-1], 3, 3, padding=1)
         orthogonal_init_(self)
         spectral_norm_all(self)
 
