@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvid import __version__, ops
@@ -23,8 +23,9 @@ from fastvid.data.sheet import COLUMNS, ROWS, contact_sheet, write_png
 from fastvid.data.source import SourceClip, find_clips, read_clip
 from fastvid.data.video import FrameHash, VideoWriter
 from fastvid.errors import UsageError, VideoError
-from fastvid.models import Stages, Stretch, VideoPredictor, frame_size, load
-from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE, WEIGHTS, model_folder
+from fastvid.models import About, Stage, Stages, Stretch, VideoPredictor, about, load
+from fastvid.models.predictor import ROWS_AT_ONCE, WEIGHTS, model_folder
+from fastvid.models.stages import Ledger
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class _Request:
         """Whether the codes of smaller weights are to be judged by float32 ones."""
         return self.weights in ("bfloat16", "int8")
 
+    def check_model(self, known: About) -> None:
+        """Refuse a model that cannot do what is asked."""
+        if not known.given:
+            raise UsageError(f"{self.model}: makes clips from nothing and continues none; use fastvid sample.")
+        if self.judged and known.kind != "predictor":
+            raise UsageError(f"--weights {self.weights}: {self.model} draws no codes; leave the option out.")
+
 
 def predict_clips(
     paths: list[str | Path], model: str | Path = "dino64", frames: int = 12, samples: int = 1, seed: int = 0,
@@ -68,14 +76,16 @@ def predict_clips(
 ) -> list[dict[str, Any]]:
     """Predict the next frames of clips and write them to a folder; prints a line or two per clip.
 
-    paths:   video files, or folders of them. model: a shipped name or a model folder.
+    paths:   video files, or folders of them. model: a shipped name or a model folder, of a VideoPredictor or a
+             DVDGANPredictor, which draws no codes: its report and hashes are of frames alone.
     frames:  to predict, in memory that does not grow with them. samples: futures per clip.
     seed, temperature, weights: as in VideoPredictor.predict. Weights asked for as bfloat16 or int8 are compared with
-             float32: the mean drift of the drawn codes' log-probabilities is printed and reported.
-    out:     gets <clip>_sample<k>.mp4 (4 given and `frames` predicted frames at the clip's own rate),
+             float32: the mean drift of the drawn codes' log-probabilities is printed and reported. Where no codes are
+             drawn, the temperature scales the noise and weights are float32.
+    out:     gets <clip>_sample<k>.mp4 (the given, 4 mostly, and `frames` predicted frames at the clip's own rate),
              <clip>_contact.png and <clip>.json for each clip; a clip's files appear once all of them are whole.
-    start:   number of the first given frame; None gives the clip's last 4. With it, the true next frames stand in the
-             contact sheet's first row as far as the clip holds them.
+    start:   number of the first given frame; None gives the clip's last ones. With it, the true next frames stand in
+             the contact sheet's first row as far as the clip holds them.
     device:  "cpu", or "cuda", on which drawing codes has not been verified yet.
     Returns: the reports, one per clip, as in the JSON files. On one kind of machine the same seed gives the same
              frames, alone or in company.
@@ -84,8 +94,9 @@ def predict_clips(
     """
     request = _Request(str(model), frames, samples, seed, temperature, start, weights, device)
     found = _named(find_clips(paths))
-    size = frame_size(model)  # a bad clip is refused before the weights are loaded
-    clips = [read_clip(path, name, size, frames, start) for path, name in found.items()]
+    known = about(model)  # a bad clip is refused before the weights are loaded
+    request.check_model(known)
+    clips = [read_clip(path, name, known.size, frames, start, known.given) for path, name in found.items()]
     predictor, identity = load(model).to(device), manifest_hash(model_folder(model))
     out = _prepare(Path(out), clips, samples)
     for clip in clips:
@@ -128,9 +139,9 @@ def _prepare(out: Path, clips: list[SourceClip], samples: int) -> Path:
 
 
 def _predict_group(
-    predictor: VideoPredictor, clips: list[SourceClip], request: _Request, identity: str, out: Path
+    predictor: nn.Module, clips: list[SourceClip], request: _Request, identity: str, out: Path
 ) -> list[dict[str, Any]]:
-    given = torch.stack([clip.given for clip in clips]).to(request.device)  # [B, 4, H, W, 3]
+    given = torch.stack([clip.given for clip in clips]).to(request.device)  # [B, G, H, W, 3]
     frames, stages = given.movedim(-1, 2).float().div(255), Stages()
     try:
         with contextlib.ExitStack() as stack:
@@ -138,12 +149,8 @@ def _predict_group(
             backends = stack.enter_context(ops.served())
             # each sample's file is open while it grows
             for numbers in _spans(request.samples, ROWS_AT_ONCE):
-                with _Bars(clips) as bars:
-                    stream = predictor.predict_stream(
-                        frames, request.frames, numbers, request.seed, request.temperature, bars, request.weights,
-                        request.judged,
-                    )
-                    _write_stream(files, numbers, stream, stages)
+                with _Bars(clips, "code" if isinstance(predictor, VideoPredictor) else "frame") as bars:
+                    _write_stream(files, numbers, _stream(predictor, frames, request, numbers, bars), stages)
             reports = [_report(one, len(clips), request, identity, stages, backends) for one in files]
             for one, report in zip(files, reports, strict=True):
                 one.finish(report)
@@ -153,14 +160,43 @@ def _predict_group(
     return reports
 
 
+def _stream(
+    predictor: nn.Module, frames: Tensor, request: _Request, numbers: range, bars: "_Bars"
+) -> Iterator[Stretch]:
+    if isinstance(predictor, VideoPredictor):
+        return predictor.predict_stream(
+            frames, request.frames, numbers, request.seed, request.temperature, bars, request.weights, request.judged
+        )
+    return _without_codes(predictor, frames, request, numbers, bars)
+
+
+def _without_codes(
+    predictor: nn.Module, frames: Tensor, request: _Request, numbers: range, bars: "_Bars"
+) -> Iterator[Stretch]:
+    """The stretches of a predictor that generates frames at once."""
+    rows = len(frames) * len(numbers)
+    ledger = Ledger(rows * request.frames, bars)
+    tell = ledger.teller("generate", rows)
+    stream = predictor.predict_stream(frames, request.frames, numbers, request.seed, request.temperature)
+    while True:
+        with ledger.timed("generate"):
+            made = next(stream, None)
+        if made is None:
+            return
+        tell(made.shape[2])
+        yield Stretch(made, None, None, ledger.turn())
+        del made
+
+
 def _write_stream(files: list["_ClipFiles"], numbers: range, stream: Iterator[Stretch], stages: Stages) -> None:
     with contextlib.ExitStack() as stack:
         for one in files:
             one.begin(numbers, stack)
         for stretch in stream:
             pixels = stretch.frames.mul(255).round().clamp(0, 255).to(torch.uint8).movedim(3, -1)  # [B, S, m, H, W, 3]
+            levels = [codes for codes in (stretch.top, stretch.bottom) if codes is not None]
             for i, one in enumerate(files):
-                one.add(pixels[i].cpu(), stretch.top[i].cpu(), stretch.bottom[i].cpu())
+                one.add(pixels[i].cpu(), *(codes[i].cpu() for codes in levels))
             stages.add(stretch.stages)
         for one in files:
             one.end()
@@ -195,18 +231,19 @@ class _ClipFiles:
             for k in numbers
         ]
         self.frame_hashes = [FrameHash((self.request.frames, H, W, 3)) for _ in numbers]
-        self.code_hashes = [hashlib.sha256() for _ in numbers]
+        self.code_hashes, self.coded = [hashlib.sha256() for _ in numbers], False
         for k, writer in zip(numbers, self.writers, strict=True):
             writer.add(self.clip.given)
             if k < ROWS:
                 self.shown.append(self.clip.given)
 
-    def add(self, frames: Tensor, top: Tensor, bottom: Tensor) -> None:
-        """The next frames [S, m, H, W, 3] of the samples begun, and the codes they were drawn as."""
+    def add(self, frames: Tensor, *levels: Tensor) -> None:
+        """The next frames [S, m, H, W, 3] of the samples begun, and the codes of each level they were drawn as."""
+        self.coded |= bool(levels)
         for i, k in enumerate(self.numbers):
             self.writers[i].add(frames[i])
             self.frame_hashes[i].add(frames[i])
-            for codes in (top[i], bottom[i]):
+            for codes in (level[i] for level in levels):
                 self.code_hashes[i].update(repr(tuple(codes.shape)).encode() + codes.numpy().astype("<i8").tobytes())
             if k < ROWS and len(self.shown[k]) < COLUMNS:
                 self.shown[k] = torch.cat([self.shown[k], frames[i]])[:COLUMNS]
@@ -214,7 +251,7 @@ class _ClipFiles:
     def end(self) -> None:
         """The samples begun have all their frames."""
         for k, frames, codes in zip(self.numbers, self.frame_hashes, self.code_hashes, strict=True):
-            hashes = {"frame_hash": frames.hexdigest(), "codes_sha256": codes.hexdigest()}
+            hashes = {"frame_hash": frames.hexdigest()} | ({"codes_sha256": codes.hexdigest()} if self.coded else {})
             self.samples.append({"file": self.videos[k], **hashes})
 
     def finish(self, report: dict[str, Any]) -> None:
@@ -223,7 +260,7 @@ class _ClipFiles:
         if len(self.clip.truth):
             rows = [torch.cat([self.clip.given, self.clip.truth]), *rows]
         work = Path(self.folder.name)
-        write_png(work / self.sheet, contact_sheet(rows, given=GIVEN))
+        write_png(work / self.sheet, contact_sheet(rows, given=len(self.clip.given)))
         (work / self.text).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         # an old report must not stand beside new videos
         (self.out / self.text).unlink(missing_ok=True)
@@ -238,7 +275,7 @@ def _report(
     options = ("frames", "samples", "seed", "temperature", "start", "weights")
     report = {
         "clip": str(clip.path),
-        "given_frames": [clip.first, clip.first + GIVEN - 1],
+        "given_frames": [clip.first, clip.first + len(clip.given) - 1],
         "true_frames_known": clip.known,
         "fps": clip.fps,
         "size": list(clip.given.shape[1:3]),
@@ -250,10 +287,7 @@ def _report(
         # stages are timed and counted for all clips that were predicted together
         "timed": {"clips": together, "samples": request.samples},
         "seconds": {name: round(stage.seconds, 6) for name, stage in stages.items()},
-        "codes": {name: stage.codes for name, stage in drawn.items()},
-        "codes_per_second": {name: round(stage.codes / stage.seconds, 1) for name, stage in drawn.items()},
-        "passes_per_code": {name: round(stage.passes / stage.codes, 4) for name, stage in drawn.items()},
-        "near_ties": {name: stage.near_ties for name, stage in drawn.items()},
+        **(_codes(drawn) if drawn else {}),
         "backends": dict(backends),
         "versions": {"fastvid": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": request.device,
@@ -267,13 +301,26 @@ def _report(
     return report
 
 
+def _codes(drawn: dict[str, Stage]) -> dict[str, Any]:
+    return {
+        "codes": {name: stage.codes for name, stage in drawn.items()},
+        "codes_per_second": {name: round(stage.codes / stage.seconds, 1) for name, stage in drawn.items()},
+        "passes_per_code": {name: round(stage.passes / stage.codes, 4) for name, stage in drawn.items()},
+        "near_ties": {name: stage.near_ties for name, stage in drawn.items()},
+    }
+
+
 def _summary(clip: SourceClip, report: dict[str, Any], out: Path) -> str:
-    seconds, codes = sum(report["seconds"].values()), sum(report["codes"].values())
-    count = report["options"]["samples"]
+    seconds, count = sum(report["seconds"].values()), report["options"]["samples"]
+    # what was made of all clips together, as the seconds are
+    frames = report["timed"]["clips"] * count * report["options"]["frames"]
+    rate = f"{sum(report['codes'].values()) / seconds:.0f} codes/s" if "codes" in report else (
+        f"{frames / seconds:.1f} frames/s"
+    )
     company = f" ({report['timed']['clips']} clips together)" if report["timed"]["clips"] > 1 else ""
     line = (
         f"{clip.path}: {report['options']['frames']} frames x {count} sample{'s' * (count != 1)} in {seconds:.2f} s, "
-        f"{codes / seconds:.0f} codes/s{company} -> {out / report['contact_sheet']}"
+        f"{rate}{company} -> {out / report['contact_sheet']}"
     )
     if "drift" not in report:
         return line
@@ -285,9 +332,10 @@ def _summary(clip: SourceClip, report: dict[str, Any], out: Path) -> str:
 
 
 class _Bars:
-    """A progress bar over all codes of a run, named after the stage that draws them; only on a terminal."""
+    """A progress bar over all codes or frames of a run, named after the stage that makes them; only on a terminal."""
 
-    def __init__(self, clips: list[SourceClip]):
+    def __init__(self, clips: list[SourceClip], unit: str):
+        self.unit = unit
         self.title = clips[0].path.name if len(clips) == 1 else f"{len(clips)} clips"
         self.bar, self.stage = None, None
 
@@ -301,7 +349,7 @@ class _Bars:
     def __call__(self, stage: str, done: int, total: int) -> None:
         label = f"{self.title}: {stage}"
         if self.bar is None:
-            self.bar = tqdm(desc=label, total=total, unit="code", leave=False, disable=not sys.stderr.isatty())
+            self.bar = tqdm(desc=label, total=total, unit=self.unit, leave=False, disable=not sys.stderr.isatty())
         elif stage != self.stage:
             self.bar.set_description(label)
         self.stage = stage

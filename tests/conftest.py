@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from fastvid.testing import poisoned_memory
 
 with torch.device("meta"):
     torch.empty(0)  # torch remembers its constructors at the first use of a device context: before they are wrapped
+
+sys.path.append(str(Path(__file__).parent))  # for the modules that tests of several folders share
 
 SEED = 20240131
 

@@ -43,8 +43,9 @@ STAIRCASE = [
     ("fastvid/doctor.py",       "laws ops models _native",                         "torch"),
     ("fastvid/selftest.py",     "laws ops",                                        ""),
     ("fastvid/predict.py",      f"train {LOWER}",                                  "torch numpy tqdm"),
+    ("fastvid/sample.py",       f"train {LOWER}",                                  "torch tqdm"),
     ("fastvid/evaluate/*",      f"evaluate train {LOWER}",                         "torch numpy safetensors tqdm"),
-    ("fastvid/cli/*",           f"cli predict evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
+    ("fastvid/cli/*",           f"cli predict sample evaluate doctor selftest train {LOWER}", "torch tqdm tyro"),
     ("fastvid/__main__.py",     "cli",                                             ""),
 ]  # fmt: skip
 # Optional packages, by the part that may import them; inside functions only, so that lacking one hurts nobody else.

@@ -11,7 +11,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 from fastvid import __version__
 from fastvid.cli.data import Data, Weights
 from fastvid.cli.train import Assemble, Train
-from fastvid.cli.use import Evaluate, Predict
+from fastvid.cli.use import Evaluate, Predict, Sample
 from fastvid.errors import FastvidError
 
 USAGE, INTERRUPTED, UNREAD = 2, 130, 141  # exit codes
@@ -52,6 +52,7 @@ class Selftest:
 
 Command = (
     Annotated[Predict, subcommand("predict")]
+    | Annotated[Sample, subcommand("sample")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Assemble, subcommand("assemble")]
     | Annotated[Evaluate, subcommand("evaluate")]

@@ -14,7 +14,6 @@ from fastvid.metrics.frechet import bootstrap_frechet, frechet_from_features
 from fastvid.metrics.inception import inception_score
 from fastvid.train.latents import Latents
 
-CONTESTANTS = ("model", *BASELINES)
 LEAST_CLIPS = 10  # fewer drawn again say nothing of how much clips differ
 UNITS = {"psnr": "dB", "ssim": "", "lpips": ""}
 
@@ -47,34 +46,42 @@ class Figures:
         interval = bootstrap_interval(of, self.groups, statistic, self.seed) if self.several else ()
         return Figure(value, unit, len(of), *interval)
 
-    def distance(self, reference: Tensor, other: Tensor) -> Figure:
-        """The Fréchet distance of two sets of features [n, F] of the same windows."""
+    def distance(self, reference: Tensor, other: Tensor, groups: Tensor | None = None) -> Figure:
+        """The Fréchet distance of two sets of features [n, F] of the same windows, or of others, of clips `groups`."""
         value = frechet_from_features(reference, other)
-        interval = ()
-        if self.several:
-            interval = bootstrap_frechet(reference, other, self.groups, self.groups, paired=True, seed=self.seed)
+        own, interval = self.groups if groups is None else groups, ()
+        if self.several and len(own.unique()) >= LEAST_CLIPS:
+            paired = groups is None
+            interval = bootstrap_frechet(reference, other, self.groups, own, paired=paired, seed=self.seed)
         return Figure(value, "", len(other), *interval)
+
+    def score(self, logits: Tensor) -> Figure:
+        """The inception score of a set of logits [n, classes], without an interval."""
+        value, _ = inception_score(logits.softmax(dim=1))
+        return Figure(value, "", len(logits))
 
 
 def figures(
-    tally: Tally, fit: Latents, groups: Tensor, K: int, pixels: int, judged: Judges, seed: int
+    tally: Tally, fit: Latents | None, groups: Tensor, K: int, pixels: int, judged: Judges, seed: int
 ) -> dict[str, Figure]:
     """Every figure by name.
 
-    fit: codes that the baselines of bits are fitted to. K: codes of a level. pixels: values a predicted window has.
+    fit: codes that the baselines of bits are fitted to, where the model has codes. K: codes of a level. pixels: values
+    a predicted window has.
     """
     make, values = Figures(groups, seed), tally.values
     found: dict[str, Figure] = {}
-    if "psnr" in judged.metrics:
+    baselines = BASELINES if fit is not None else ("repeat",)
+    if "psnr" in judged.metrics and fit is not None:
         error = values["error"]
         pooled = make.mean(error, "dB", lambda mean: _decibel(mean.squeeze(1)))
         found |= {"psnr_rebuilt": pooled, "psnr_rebuilt_per_clip": make.mean(_decibel(error), "dB")}
     for name in judged.frames:
-        for who in ("best", "mean", *BASELINES):
+        for who in ("best", "mean", *baselines):
             found[f"{name}_{who}"] = make.mean(values[f"{name}_{who}"], UNITS[name])
         found[f"{name}_wins"] = make.mean(values[f"{name}_wins"], "% of windows")
     if judged.extractor:
-        found |= _distances(make, values, fvd_name(judged))
+        found |= _distances(make, values, fvd_name(judged), ("model", *baselines))
     if "bits" in judged.metrics:
         found |= _bits(make, values, tally.codes, fit, K, pixels)
     return found
@@ -90,18 +97,37 @@ def curves(tally: Tally, judged: Judges) -> dict[str, list[float]]:
     return {name: tally.values[f"{name}_curve"].mean(dim=0).tolist() for name in judged.frames}
 
 
-def _distances(make: Figures, values: dict[str, Tensor], name: str) -> dict[str, Figure]:
+def _distances(make: Figures, values: dict[str, Tensor], name: str, contestants: tuple[str, ...]) -> dict[str, Figure]:
     found = {}
-    for who in CONTESTANTS:
+    for who in contestants:
         found[f"{name}_{who}"] = make.distance(values["logits_real"], values[f"logits_{who}"])
-    for who in CONTESTANTS[:-1]:
-        found[f"{name}_star_{who}"] = make.distance(values["logits_reconstruction"], values[f"logits_{who}"])
+    if "reconstruction" in contestants:
+        for who in contestants[:-1]:
+            found[f"{name}_star_{who}"] = make.distance(values["logits_reconstruction"], values[f"logits_{who}"])
     if name == "fvd":
-        for who in CONTESTANTS:
+        for who in contestants:
             found[f"fid_i3d400_{who}"] = make.distance(values["pooled_real"], values[f"pooled_{who}"])
-        for who in (*CONTESTANTS, "real"):
-            score, _ = inception_score(values[f"logits_{who}"].softmax(dim=1))
-            found[f"is_i3d400_{who}"] = Figure(score, "", len(make.groups))
+        for who in (*contestants, "real"):
+            found[f"is_i3d400_{who}"] = make.score(values[f"logits_{who}"])
+    return found
+
+
+def generated_figures(
+    values: dict[str, Tensor], groups: dict[str, Tensor], judged: Judges, seed: int
+) -> dict[str, Figure]:
+    """Of a generator: distances of every set to the real one, and inception scores, by name.
+
+    values: pooled_<set> [n, 1024] and logits_<set> [n, 400]. groups: of each set [n], the clip of each row.
+    """
+    make, name, found = Figures(groups["real"], seed), fvd_name(judged), {}
+    kinds = {name: "logits"} | ({"fid_i3d400": "pooled"} if name == "fvd" else {})
+    for metric, features in kinds.items():
+        for who, clips in groups.items():
+            if who != "real":
+                real, other = values[f"{features}_real"], values[f"{features}_{who}"]
+                found[f"{metric}_{who}"] = make.distance(real, other, clips)
+    if name == "fvd":
+        found |= {f"is_i3d400_{who}": make.score(values[f"logits_{who}"]) for who in groups}
     return found
 
 

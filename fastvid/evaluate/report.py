@@ -5,14 +5,18 @@ import torch
 from fastvid import __version__
 from fastvid.evaluate.figure import LEAST_CLIPS
 from fastvid.evaluate.tally import EQUAL, Judges
-from fastvid.evaluate.windows import Held
-from fastvid.models.predictor import GIVEN
+from fastvid.evaluate.windows import Held, Window
 
 LIKENESS = ("best", "mean", "repeat", "marginal", "reconstruction")
 DISTANCES = ("model", "repeat", "marginal", "reconstruction", "real")
+COLUMNS = {  # by what the model is, where it draws no codes: of likeness, of distances
+    "frame predictor": (("best", "mean", "repeat"), ("model", "repeat", "real")),
+    "generator": ((), ("model", "untrained", "noise", "train", "real")),
+}  # fmt: skip
 HEADS = {
     "best": "best of {samples}", "mean": "mean of {samples}", "model": "model", "repeat": "repeat frame {given}",
     "marginal": "codes by themselves", "reconstruction": "reconstruction", "real": "real clips",
+    "untrained": "untrained model", "noise": "random pixels", "train": "training clips",
 }  # fmt: skip
 ROWS = {
     "psnr": "PSNR (dB), higher is better", "ssim": "SSIM, higher is better", "lpips": "LPIPS (alex), lower is better",
@@ -20,25 +24,25 @@ ROWS = {
     "frechet_other_star": "the same to reconstructions", "fid_i3d400": "FID (I3D-400)", "is_i3d400": "IS (I3D-400)",
 }  # fmt: skip
 FEATURES = {"FVD": 400, "FID (I3D-400)": 1024}
+FITTED = "centre crop to the aspect, then antialiased resize"
+VERSIONS = f"fastvid {__version__}, torch {torch.__version__}"
 BITS = ("bits", "copy_bits", "context_free_fitted_bits", "context_free_oracle_bits")
 BITS_HEADS = ("prior", "same code as before", "context-free, fitted", "context-free, oracle")
 
 
 def protocol(
-    held: Held, judged: Judges, samples: int, seed: int, fitted_on: str, size: tuple[int, int], model_hash: str
+    held: Held, judged: Judges, samples: int, seed: int, fitted_on: str | None, window: Window, model_hash: str
 ) -> dict:
-    """Everything that a figure depends on, by name. JSON values only."""
-    frames, clips, skipped = held.windows.frames, len(held.groups().unique()), len(held.windows.skipped)
+    """Everything that a figure depends on, by name; fitted_on: None where there are no codes. JSON values only."""
+    coded, clips = fitted_on is not None, len(held.groups().unique())
     found = {
-        "model": model_hash, "data": held.windows.clips.describe().splitlines()[0], "skipped": skipped,
-        "windows": len(held.places), "clips": clips, "chosen": held.how, "frames": frames, "given": GIVEN,
-        "predicted": frames - GIVEN, "stride": held.windows.frame_step, "size": list(size),
-        "fitted": "centre crop to the aspect, then antialiased resize", "samples": samples, "seed": seed,
-        "noise": "each window its own", "temperature": 1.0, "prior_weights": "float32",
+        **_windows(held, model_hash), "given": window.given,
+        "predicted": window.frames - window.given, "stride": held.windows.frame_step, "size": list(window.size),
+        "fitted": FITTED, "samples": samples, "seed": seed,
+        "noise": "each window its own", "temperature": 1.0, **({"prior_weights": "float32"} if coded else {}),
         "best": "of the samples, by the mean over predicted frames, for each metric by itself",
-        "baselines_fitted_on": fitted_on, "equal_frames_db": EQUAL,
-        "intervals": f"95%, bootstrap over {clips} clips" if clips >= LEAST_CLIPS else f"none, there are {clips} clips",
-        "versions": f"fastvid {__version__}, torch {torch.__version__}",
+        **({"baselines_fitted_on": fitted_on} if coded else {}), "equal_frames_db": EQUAL,
+        "intervals": _intervals(clips), "versions": VERSIONS,
     }
     if "psnr" in judged.metrics:
         found["psnr"] = "over all channels of a frame, predictions not rounded"
@@ -48,16 +52,46 @@ def protocol(
         weights = judged.weights["lpips"].fingerprint
         found["lpips"] = f"AlexNet, v0.1, plain mean over maps, predictions not rounded, weights sha256 {weights}"
     if judged.extractor:
-        found |= _distances(judged, clips)
+        star = "; FVD*: their reconstructions" if coded else ""
+        found |= _distances(judged, clips, {
+            "real_set": f"the same windows{star}. All clips begin with the real given frames",
+            "distances_of": "sample 0 of each window, all frames, 8 bits; the inception score in one split",
+        })  # fmt: skip
     return found
 
 
-def _distances(judged: Judges, clips: int) -> dict:
+def generator_protocol(
+    held: Held, judged: Judges, seed: int, truncation: float, sets: dict[str, str], classes: str, window: Window,
+    model_hash: str,
+) -> dict:
+    """The same of a generator. sets: what stands beside the model, in words. classes: of the clips, in words."""
+    clips = len(held.groups().unique())
+    found = {
+        **_windows(held, model_hash), "stride": held.windows.frame_step, "size": list(window.size), "fitted": FITTED,
+        "classes": classes, "seed": seed, "noise": "each clip its own", "truncation": truncation, **sets,
+        "intervals": _intervals(clips), "versions": VERSIONS,
+    }
+    return found | _distances(judged, clips, {
+        "real_set": "the windows", "distances_of": "all frames, 8 bits; the inception score in one split",
+    })  # fmt: skip
+
+
+def _windows(held: Held, model_hash: str) -> dict:
+    clips, skipped = len(held.groups().unique()), len(held.windows.skipped)
+    return {
+        "model": model_hash, "data": held.windows.clips.describe().splitlines()[0], "skipped": skipped,
+        "windows": len(held.places), "clips": clips, "chosen": held.how, "frames": held.windows.frames,
+    }
+
+
+def _intervals(clips: int) -> str:
+    return f"95%, bootstrap over {clips} clips" if clips >= LEAST_CLIPS else f"none, there are {clips} clips"
+
+
+def _distances(judged: Judges, clips: int, sets: dict) -> dict:
     found = {
         "extractor": f"{judged.weights['fvd'].kind}, sha256 {judged.weights['fvd'].fingerprint}",
-        "resize": f"{judged.extractor.resize} bilinear to 224x224",
-        "real_set": "the same windows; FVD*: their reconstructions. All clips begin with the real given frames",
-        "distances_of": "sample 0 of each window, all frames, 8 bits; the inception score in one split",
+        "resize": f"{judged.extractor.resize} bilinear to 224x224", **sets,
     }
     few = [f"{features} features of {name}" for name, features in FEATURES.items() if clips <= features]
     return found | ({"warning": f"{clips} clips for the {' and the '.join(few)}: biased upwards"} if few else {})
@@ -71,9 +105,10 @@ def table(result: dict) -> str:
     Raises:  nothing.
     """
     figures = result["figures"]
+    likeness, distances = COLUMNS.get(result.get("kind"), (LIKENESS, DISTANCES))
     blocks = [
-        _block(figures, ("psnr", "ssim", "lpips"), LIKENESS, result),
-        _block(figures, tuple(ROWS)[3:], DISTANCES, result),
+        _block(figures, ("psnr", "ssim", "lpips"), likeness, result),
+        _block(figures, tuple(ROWS)[3:], distances, result),
         _bits(figures),
         _others(figures),
     ]
@@ -97,10 +132,11 @@ def _plain(value: object) -> str:
 
 def _block(figures: dict, rows: tuple[str, ...], columns: tuple[str, ...], result: dict) -> list[tuple[str, ...]]:
     """A row per metric that was measured, a column per contestant."""
+    columns = tuple(column for column in columns if column != "train" or "train" not in result["missing"])
     measured = [row for row in rows if any(f"{row}_{column}" in figures for column in columns)]
     if not measured:
         return []
-    about = {"samples": result["protocol"]["samples"], "given": result["protocol"]["given"]}
+    about = {name: result["protocol"].get(name) for name in ("samples", "given")}
     head = ("", *(HEADS[column].format(**about) for column in columns))
     return [head] + [(ROWS[row], *(_cell(figures.get(f"{row}_{column}")) for column in columns)) for row in measured]
 

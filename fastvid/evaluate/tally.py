@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvid.errors import UsageError, WeightsError
 from fastvid.evaluate.extract import Extractor
-from fastvid.evaluate.windows import ENCODED_AT_ONCE, Held, encode, joined, marginal_codes
+from fastvid.evaluate.windows import ENCODED_AT_ONCE, Held, encode, joined, marginal_codes, window_of
 from fastvid.metrics import LPIPS, best_of, bits_per_code, psnr, ssim
 from fastvid.models import VideoPredictor
-from fastvid.models.predictor import GIVEN, ROWS_AT_ONCE
+from fastvid.models.predictor import ROWS_AT_ONCE
 from fastvid.train.latents import Latents, as_model_input
 from fastvid.train.ranks import Ranks
 from fastvid.train.tasks import as_frames, bottom_inputs
@@ -48,10 +48,10 @@ class Judges:
 
 @dataclass
 class Tally:
-    """Of all windows: numbers by name, [n, ...] float64; codes; rows for the sheet."""
+    """Of all windows: numbers by name, [n, ...] float64; codes, where the model has any; rows for the sheet."""
 
     values: dict[str, Tensor]
-    codes: Latents
+    codes: Latents | None
     rows: list[Tensor]
 
 
@@ -70,9 +70,7 @@ def judges(metrics: tuple[str, ...] | None, extractor: str, resize: str, cache: 
     extractor: kind of I3D weights. resize: "tf1" or "torch". cache: of features, or None.
     Raises:    UsageError for an unknown metric, WeightsError for weights that were asked for and are not there.
     """
-    unknown = [name for name in metrics or METRICS if name not in METRICS]
-    if unknown or metrics == ():
-        raise UsageError(f"--metrics must name some of {','.join(METRICS)}, got {','.join(metrics) or 'none'}.")
+    check_metrics(metrics)
     found = Judges(tuple(metrics or METRICS))
     for name, kind in (NEEDS | {"fvd": extractor}).items():
         if name in found.metrics:
@@ -91,13 +89,21 @@ def judges(metrics: tuple[str, ...] | None, extractor: str, resize: str, cache: 
     return found
 
 
-def leave_out(judged: Judges, asked: bool, windows: int, frames: int, size: tuple[int, int]) -> None:
+def check_metrics(metrics: tuple[str, ...] | None) -> None:
+    """Raises UsageError for an unknown metric, or none."""
+    if metrics == () or any(name not in METRICS for name in metrics or ()):
+        raise UsageError(f"--metrics must name some of {','.join(METRICS)}, got {','.join(metrics) or 'none'}.")
+
+
+def leave_out(
+    judged: Judges, asked: bool, windows: int, frames: int, size: tuple[int, int], codes: bool = True
+) -> None:
     """Take away the metrics that cannot judge such windows, and note why.
 
-    asked:  whether they were asked for by name.
+    asked:  whether they were asked for by name. codes: whether the model draws any.
     Raises: UsageError if one was.
     """
-    reasons = {}
+    reasons = {} if codes or "bits" not in judged.metrics else {"bits": "the model draws no codes"}
     for name in judged.metrics:
         if frames < LEAST_FRAMES.get(name, 0):
             reasons[name] = f"it needs windows of {LEAST_FRAMES[name]} frames, the model's have {frames}"
@@ -116,9 +122,12 @@ def leave_out(judged: Judges, asked: bool, windows: int, frames: int, size: tupl
 
 @torch.no_grad()
 def measure(
-    predictor: VideoPredictor, held: Held, fit: Latents, judged: Judges, samples: int, seed: int, ranks: Ranks
+    predictor: nn.Module, held: Held, fit: Latents | None, judged: Judges, samples: int, seed: int, ranks: Ranks
 ) -> Tally:
-    """Measure all windows; the processes of `ranks` share them, and every one returns the whole."""
+    """Measure all windows; the processes of `ranks` share them, and every one returns the whole.
+
+    predictor: a VideoPredictor with the codes `fit` for its baselines, or a DVDGANPredictor with None.
+    """
     at_once = max(1, ROWS_AT_ONCE // samples) if judged.samples else ENCODED_AT_ONCE
     count = len(held.places)
     shown = {round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)}
@@ -134,43 +143,46 @@ def measure(
     everyone = {number: part for share in ranks.gather(mine) for number, part in share.items()}
     parts = [everyone[number] for number in range(-(-count // at_once))]
     values = {name: torch.cat([part.values[name] for part in parts]).double() for name in parts[0].values}
-    return Tally(values, joined([part.codes for part in parts]), [row for part in parts for row in part.rows])
+    codes = None if fit is None else joined([part.codes for part in parts])
+    return Tally(values, codes, [row for part in parts for row in part.rows])
 
 
 def _part(
-    predictor: VideoPredictor, clips: Tensor, first: int, fit: Latents, judged: Judges, samples: int, seed: int,
+    predictor: nn.Module, clips: Tensor, first: int, fit: Latents | None, judged: Judges, samples: int, seed: int,
     shown: list[int],
 ) -> _Part:
     """clips uint8 [B, T, H, W, 3], windows number `first` and following."""
-    video = as_model_input(clips)  # [B, 3, T, H, W]
-    part = _Part(codes=encode(predictor, video))
-    rebuilt = predictor.vqvae.decode(part.codes.top, part.codes.bottom)
-    part.values["error"] = (rebuilt - video).double().square().mean(dim=(1, 2, 3, 4))
+    video, given = as_model_input(clips), window_of(predictor).given  # [B, 3, T, H, W]
+    part, others = _Part(), {"repeat": video[:, :, given - 1 : given].expand_as(video)}
+    if fit is not None:
+        part.codes = encode(predictor, video)
+        rebuilt = predictor.vqvae.decode(part.codes.top, part.codes.bottom)
+        part.values["error"] = (rebuilt - video).double().square().mean(dim=(1, 2, 3, 4))
     if "bits" in judged.metrics:
         part.values |= _bits(predictor, part.codes)
     if not judged.samples:
         return part
-    n = video.shape[2] - GIVEN
+    if fit is not None:
+        marginal = predictor.vqvae.decode(*marginal_codes(fit, part.codes, first, seed))
+        others |= {"marginal": marginal, "reconstruction": rebuilt}
     # noise of its own for every window: clips that shared it would be alike, which distances of sets would see
     numbers = [range(window * NUMBERS, window * NUMBERS + samples) for window in range(first, first + len(clips))]
-    futures = {  # each [B, S, n, 3, H, W]
-        "model": predictor.predict(video[:, :, :GIVEN].transpose(1, 2), n, numbers, seed, weights="float32"),
-        "repeat": _future(video[:, :, GIVEN - 1 : GIVEN].expand(-1, -1, GIVEN + n, -1, -1)),
-        "marginal": _future(predictor.vqvae.decode(*marginal_codes(fit, part.codes, first, seed))),
-        "reconstruction": _future(rebuilt),
-    }
-    part.values |= _likeness(_future(video), futures, judged)
+    start, n = video[:, :, :given].transpose(1, 2), video.shape[2] - given
+    exact = {} if fit is None else {"weights": "float32"}
+    futures = {"model": predictor.predict(start, n, numbers, seed, **exact)}  # each [B, S, n, 3, H, W]
+    futures |= {who: _future(other, given) for who, other in others.items()}
+    part.values |= _likeness(_future(video, given), futures, judged)
     if judged.extractor:
         part.values |= _features(clips, futures, judged.extractor)
     for i in shown:  # rows truth, sample 1, sample 2
         made = as_frames(futures["model"][i, :2].transpose(1, 2))
-        part.rows += [clips[i], *(torch.cat([clips[i, :GIVEN], sample]) for sample in made)]
+        part.rows += [clips[i], *(torch.cat([clips[i, :given], sample]) for sample in made)]
     return part
 
 
-def _future(video: Tensor) -> Tensor:
+def _future(video: Tensor, given: int) -> Tensor:
     """[B, 3, T, H, W] -> [B, 1, n, 3, H, W]."""
-    return video[:, :, GIVEN:].transpose(1, 2).unsqueeze(1)
+    return video[:, :, given:].transpose(1, 2).unsqueeze(1)
 
 
 def _likeness(truth: Tensor, futures: dict[str, Tensor], judged: Judges) -> dict[str, Tensor]:
@@ -179,7 +191,7 @@ def _likeness(truth: Tensor, futures: dict[str, Tensor], judged: Judges) -> dict
     for name, measured in judged.frames.items():
         of = {who: measured(future, truth.expand_as(future)) for who, future in futures.items()}  # each [B, S, n]
         best = best_of(of["model"], higher_is_better=HIGHER_IS_BETTER[name])
-        values |= {f"{name}_{who}": of[who].mean(dim=(1, 2)) for who in BASELINES}
+        values |= {f"{name}_{who}": of[who].mean(dim=(1, 2)) for who in of if who != "model"}
         values |= {f"{name}_best": best.value, f"{name}_mean": best.mean, f"{name}_curve": best.curve}
         ahead = best.value - values[f"{name}_repeat"]
         values[f"{name}_wins"] = 100.0 * (ahead > 0 if HIGHER_IS_BETTER[name] else ahead < 0)
@@ -189,7 +201,8 @@ def _likeness(truth: Tensor, futures: dict[str, Tensor], judged: Judges) -> dict
 def _features(clips: Tensor, futures: dict[str, Tensor], extractor: Extractor) -> dict[str, Tensor]:
     """Of the real windows, and of the given frames followed by each contestant's first future."""
     made = {who: as_frames(future[:, 0].transpose(1, 2)) for who, future in futures.items()}
-    shown = {"real": clips} | {who: torch.cat([clips[:, :GIVEN], future], dim=1) for who, future in made.items()}
+    given = clips.shape[1] - made["model"].shape[1]
+    shown = {"real": clips} | {who: torch.cat([clips[:, :given], future], dim=1) for who, future in made.items()}
     found = {who: extractor(clip) for who, clip in shown.items()}
     values = {f"pooled_{who}": features.pooled for who, features in found.items()}
     return values | {f"logits_{who}": features.logits for who, features in found.items()}

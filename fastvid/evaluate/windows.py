@@ -6,10 +6,10 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastvid.data.clips import Clips, ClipWindows, open_clips
+from fastvid.data.clips import NOMINAL_FRAMES, Clips, ClipWindows, open_clips
 from fastvid.data.formats import parse_spec
 from fastvid.errors import DataError
 from fastvid.models import VideoPredictor
@@ -19,6 +19,22 @@ from fastvid.train.ranks import Ranks
 
 FIT_WINDOWS = 512  # training windows that the baselines are fitted to
 ENCODED_AT_ONCE = 16
+
+
+class Window(NamedTuple):
+    """What a model sees at once: frames, the first `given` of which it goes on from, of size (H, W) in pixels."""
+
+    frames: int
+    given: int
+    size: tuple[int, int]
+
+
+def window_of(model: nn.Module) -> Window:
+    """The window of a VideoPredictor, a DVDGANPredictor or, with given=0, a DVDGANGenerator. Raises nothing."""
+    if isinstance(model, VideoPredictor):
+        return Window(FRAMES_PER_STEP * (model.top.config.steps + 1), GIVEN, model.size)
+    config = model.config
+    return Window(config.given + config.frames, config.given, (config.size, config.size))
 
 
 class Held(NamedTuple):
@@ -37,20 +53,30 @@ class Held(NamedTuple):
         return torch.tensor([clip for clip, _ in self.places])
 
 
-def held_out(predictor: VideoPredictor, data: str, split: str, clips: int, seed: int) -> Held:
-    """Windows of a data set's split, as long as the model predicts and of its size.
+def held_out(model: nn.Module, data: str, split: str, clips: int, seed: int, frame_step: int = 1) -> Held:
+    """Windows of a data set's split, as long as the model's and of its size.
 
     A clip that cannot be decoded is named in a warning and in `windows.skipped`, and left out.
     Raises: DataError where there is nothing to measure, or where too many clips cannot be decoded.
     """
-    frames = FRAMES_PER_STEP * (predictor.top.config.steps + 1)
-    windows = ClipWindows(open_clips(data, split, size=predictor.size), frames, predictor.size)
-    places, how = choose_windows(windows.clips.lengths, frames, clips, seed)
-    # found out now rather than after hours of measuring
+    windows = opened(window_of(model), data, split, frame_step)
+    places, how = choose_windows(windows.clips.lengths, windows.span, clips, seed)
+    return Held(windows, decodable(windows, places), how)
+
+
+def opened(window: Window, data: str, split: str, frame_step: int) -> ClipWindows:
+    """Windows of a data set's split, of a model's length and size. Raises DataError where there are none."""
+    frames = max(NOMINAL_FRAMES, (window.frames - 1) * frame_step + 1)  # of clips that a generator of data makes
+    clips = open_clips(data, split, frames, window.size)
+    return ClipWindows(clips, window.frames, window.size, frame_step=frame_step)
+
+
+def decodable(windows: ClipWindows, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of the places that can be read, found out now rather than after hours. Raises DataError for none."""
     places = [place for place in places if windows.try_at(*place) is not None]
     if not places:
         raise DataError(f"evaluate: none of the chosen clips can be decoded: {windows.skipped[-1][1]}")
-    return Held(windows, places, how)
+    return places
 
 
 def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tuple[list[tuple[int, int]], str]:
@@ -80,10 +106,10 @@ def choose_windows(lengths: list[int], span: int, count: int, seed: int) -> tupl
 def fitted_codes(predictor: VideoPredictor, data: str, held: Held, seed: int, ranks: Ranks) -> tuple[Latents, str]:
     """Codes that baselines are fitted to, and their description: of the train split, or, without one, of `held`."""
     try:
-        train = held_out(predictor, _undivided(data), "train", FIT_WINDOWS, seed)
+        train = held_out(predictor, undivided(data), "train", FIT_WINDOWS, seed, held.windows.frame_step)
     except DataError:
         train = held
-    if _same(train.windows.clips, held.windows.clips):
+    if same_clips(train.windows.clips, held.windows.clips):
         return encoded(predictor, held, ranks), "the measured windows themselves, for want of a train split"
     return encoded(predictor, train, ranks), f"{len(train.places)} windows of the train split"
 
@@ -137,14 +163,14 @@ def marginal_codes(fit: Latents, codes: Latents, first: int, seed: int) -> tuple
     return tuple(drawn)
 
 
-def _undivided(spec: str) -> str:
+def undivided(spec: str) -> str:
     """The spec without a split of its own: its train split is asked for."""
     place, options = parse_spec(spec)
     rest = "&".join(f"{key}={quote(value)}" for key, value in options.items() if key != "split")
     return f"{place}?{rest}" if rest else place
 
 
-def _same(a: Clips, b: Clips) -> bool:
+def same_clips(a: Clips, b: Clips) -> bool:
     """Whether two splits are one: data without splits give all their clips as either."""
     return a.names == b.names and a.lengths == b.lengths and torch.equal(a.read(0), b.read(0))
 

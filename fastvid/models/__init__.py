@@ -5,9 +5,11 @@ from fastvid.models.dvd_config import DVDGANConfig
 from fastvid.models.dvd_gan import DVDGANGenerator, DVDGANPredictor, SpatialDiscriminator, TemporalDiscriminator
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE, VQVAEConfig, VQVAEOutput
 from fastvid.models.predictor import (
+    About,
     Prediction,
     Stretch,
     VideoPredictor,
+    about,
     assemble,
     frame_size,
     list_models,
@@ -19,8 +21,8 @@ from fastvid.models.stages import Stage, Stages
 from fastvid.models.top_prior import TopPrior, TopPriorConfig
 
 __all__ = [
-    "KINDS", "PRESETS", "BottomPrior", "BottomPriorConfig", "DVDGANConfig", "DVDGANGenerator", "DVDGANPredictor",
-    "HierarchicalVQVAE", "Prediction", "SpatialDiscriminator", "Stage", "Stages", "Stretch", "TemporalDiscriminator",
-    "TopPrior", "TopPriorConfig", "VQVAEConfig", "VQVAEOutput", "VideoPredictor", "assemble", "build", "frame_size",
-    "list_models", "load", "load_part", "preset",
+    "KINDS", "PRESETS", "About", "BottomPrior", "BottomPriorConfig", "DVDGANConfig", "DVDGANGenerator",
+    "DVDGANPredictor", "HierarchicalVQVAE", "Prediction", "SpatialDiscriminator", "Stage", "Stages", "Stretch",
+    "TemporalDiscriminator", "TopPrior", "TopPriorConfig", "VQVAEConfig", "VQVAEOutput", "VideoPredictor", "about",
+    "assemble", "build", "frame_size", "list_models", "load", "load_part", "preset",
 ]  # fmt: skip

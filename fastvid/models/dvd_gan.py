@@ -9,7 +9,7 @@ Source: Clark, Donahue, Simonyan 2019, arXiv:1907.06571; its first version is va
 import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -33,6 +33,7 @@ from fastvid.nn import (
 
 ROWS_AT_ONCE = 8  # videos that are generated together
 Numbers = int | range | Sequence[int]
+Samples = int | range | list[range]
 
 
 class DVDGANGenerator(nn.Module):
@@ -221,10 +222,8 @@ class DVDGANPredictor(DVDGANGenerator):
             raise UsageError("dvdgan: a predictor needs given > 0 frames to go on from.")
         super().__init__(config)
 
-    @torch.no_grad()
     def predict(
-        self, frames: Tensor, n: int = 12, samples: int | range | list[range] = 1, seed: int = 0,
-        temperature: float = 1.0,
+        self, frames: Tensor, n: int = 12, samples: Samples = 1, seed: int = 0, temperature: float = 1.0
     ) -> Tensor:
         """The next frames of each clip, drawn `samples` times; no classes.
 
@@ -235,8 +234,28 @@ class DVDGANPredictor(DVDGANGenerator):
         Returns: [B, S, n, 3, H, W] in [0, 1].
         Raises:  UsageError for another shape, or n or samples below 1.
         """
-        config = self.config
-        wanted = [config.given, 3, config.size, config.size]
+        return torch.cat(list(self.predict_stream(frames, n, samples, seed, temperature)), dim=2)
+
+    @torch.no_grad()
+    def predict_stream(
+        self, frames: Tensor, n: int = 12, samples: Samples = 1, seed: int = 0, temperature: float = 1.0
+    ) -> Iterator[Tensor]:
+        """As `predict`, pass after pass: each [B, S, m, 3, H, W] is yielded before the next is begun, none is kept."""
+        numbers = self._numbers(frames, n, samples)
+        rows = (len(frames), len(numbers) // len(frames))
+        given = list(frames.transpose(1, 2).mul(2).sub(1).repeat_interleave(rows[1], dim=0).split(1))
+        for stretch in range(-(-n // self.config.frames)):
+            made = []
+            for row, number in enumerate(numbers):
+                # by itself, since rounding may depend on the batch; every stretch has noise of its own
+                z = self.noise([number], seed + (stretch << 32), temperature)
+                made.append(self(z, given=given[row]))
+                given[row] = torch.cat([given[row], made[-1]], dim=2)[:, :, -self.config.given :]
+            yield _as_frames(torch.cat(made))[:, : n - stretch * self.config.frames].unflatten(0, rows)
+
+    def _numbers(self, frames: Tensor, n: int, samples: Samples) -> list[int]:
+        """The numbers of all samples, clip after clip."""
+        wanted = [self.config.given, 3, self.config.size, self.config.size]
         if frames.ndim != 5 or list(frames.shape[1:]) != wanted or len(frames) < 1:
             raise UsageError(f"predict: `frames` must be [B, {', '.join(map(str, wanted))}], got {list(frames.shape)}.")
         B = len(frames)
@@ -244,21 +263,7 @@ class DVDGANPredictor(DVDGANGenerator):
         S = len(ranges[0]) if ranges else 0
         if n < 1 or S < 1 or len(ranges) != B or any(len(one) != S for one in ranges):
             raise UsageError(f"predict: wanted n and samples from 1 on, alike in all {B} clips, got {n} and {samples}.")
-        numbers = [number for one in ranges for number in one]
-        rows = [
-            self._go_on(frames[row // S], numbers[row], n, seed, temperature) for row in range(B * S)
-        ]
-        return torch.stack(rows).unflatten(0, (B, S))
-
-    def _go_on(self, frames: Tensor, number: int, n: int, seed: int, temperature: float) -> Tensor:
-        """[given, 3, H, W] in [0, 1] -> [n, 3, H, W]; by itself, since rounding may depend on the batch."""
-        given, made = frames.movedim(0, 1)[None] * 2 - 1, []
-        for stretch in range(-(-n // self.config.frames)):
-            # every stretch has noise of its own
-            z = self.noise([number], seed + (stretch << 32), temperature)
-            made.append(self(z, given=given))
-            given = torch.cat([given, made[-1]], dim=2)[:, :, -self.config.given :]
-        return _as_frames(torch.cat(made, dim=2))[0, :n]
+        return [number for one in ranges for number in one]
 
 
 class SpatialDiscriminator(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,13 @@ class Stretch:
     """What one pass over the model predicts of every sample, and what its stages cost.
 
     frames: [B, S, m, 3, H, W] in [0, 1], m at most 12. top: [B, S, steps + 1, H/8, W/8] and bottom:
-    [B, S, 2 (steps + 1), H/4, W/4] int64, codes of the four frames before and of those predicted.
+    [B, S, 2 (steps + 1), H/4, W/4] int64, codes of the four frames before and of those predicted; None where a model
+    draws none.
     """
 
     frames: Tensor
-    top: Tensor
-    bottom: Tensor
+    top: Tensor | None
+    bottom: Tensor | None
     stages: Stages
 
 
@@ -205,25 +207,43 @@ def list_models() -> list[str]:
     return sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
 
 
-def load(name: str | Path) -> VideoPredictor:
-    """A shipped model by name, or any model folder written by `VideoPredictor.save`, verified by its hashes.
+class About(NamedTuple):
+    """What a model is, known without its weights.
 
-    Raises UsageError for an unknown name and CheckpointError for a damaged folder.
+    kind:  "predictor" (VideoPredictor) or "dvdgan". size: (H, W) of its frames, in pixels.
+    given: frames that it goes on from; 0 where it makes clips from nothing.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    given: int
+
+
+def about(name: str | Path) -> About:
+    """What a model folder holds, without its weights. Raises as `load`."""
+    path = _known_folder(name)
+    return _about(read_config(path), path)
+
+
+def load(name: str | Path) -> nn.Module:
+    """A shipped model by name, or any model folder or run folder of a training, verified by its hashes.
+
+    Returns: VideoPredictor, DVDGANGenerator or DVDGANPredictor, for inference, by what the folder says of itself.
+    Raises:  UsageError for an unknown name and CheckpointError for a damaged folder or a part of a predictor.
     """
     path = _known_folder(name)
     tensors, config = load_folder(path)
-    kinds, size = _parts_of(config, path), _size_of(config, path)
+    known = _about(config, path)
     stored = sum(tensor.numel() for tensor in tensors.values())
-    parts = [rebuild(kind, config.get(kind), stored, path) for kind in kinds]
-    return _fill(VideoPredictor(*parts, size=size), tensors, path)
+    if known.kind != "predictor":
+        return _fill(rebuild(known.kind, _without_kind(config), stored, path), tensors, path)
+    parts = [rebuild(kind, config.get(kind), stored, path) for kind in ("vqvae", "top", "bottom")]
+    return _fill(VideoPredictor(*parts, size=known.size), tensors, path)
 
 
 def frame_size(name: str | Path) -> tuple[int, int]:
     """(H, W) of the frames that a model was trained on, in pixels, without its weights. Raises as `load`."""
-    path = _known_folder(name)
-    config = read_config(path)
-    _parts_of(config, path)
-    return _size_of(config, path)
+    return about(name).size
 
 
 def _known_folder(name: str | Path) -> Path:
@@ -235,10 +255,16 @@ def _known_folder(name: str | Path) -> Path:
     return path
 
 
-def _parts_of(config: dict, path: Path) -> tuple[str, ...]:
-    if config.get("kind") != "predictor":
-        raise CheckpointError(f"{path}: wanted a predictor, got kind {config.get('kind')!r}; assemble one first.")
-    return "vqvae", "top", "bottom"
+def _about(config: dict, path: Path) -> About:
+    kind = config.get("kind")
+    if kind == "predictor":
+        return About(kind, _size_of(config, path), GIVEN)
+    if kind != "dvdgan":
+        raise CheckpointError(f"{path}: wanted a predictor, got kind {kind!r}; assemble one first.")
+    side, given = config.get("size"), config.get("given")
+    if type(side) is not int or type(given) is not int or side < 1 or given < 0:
+        raise CheckpointError(f"{path}: wanted whole numbers size and given in its config, got {side!r}, {given!r}.")
+    return About(kind, (side, side), given)
 
 
 def _size_of(config: dict, path: Path) -> tuple[int, int]:
@@ -249,8 +275,11 @@ def _size_of(config: dict, path: Path) -> tuple[int, int]:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a shipped model, or the path itself."""
-    return SHIPPED / str(name) if str(name) in list_models() else Path(name)
+    """The folder of a shipped model, the model folder inside a training's run folder, or the path itself."""
+    if str(name) in list_models():
+        return SHIPPED / str(name)
+    inside = Path(name) / "model"
+    return inside if not has_folder(name) and has_folder(inside) else Path(name)
 
 
 def assemble(
@@ -279,8 +308,11 @@ def load_part(kind: str, path: str | Path) -> tuple[nn.Module, Path]:
     if config.get("kind") != kind:
         raise CheckpointError(f"{folder}: wanted a {kind}, it is of kind {config.get('kind')!r}; give its run folder.")
     stored = sum(tensor.numel() for tensor in tensors.values())
-    model = rebuild(kind, {name: value for name, value in config.items() if name != "kind"}, stored, folder)
-    return _fill(model, tensors, folder), folder
+    return _fill(rebuild(kind, _without_kind(config), stored, folder), tensors, folder), folder
+
+
+def _without_kind(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name != "kind"}
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> nn.Module:

@@ -16,6 +16,7 @@ from fastvid.models.dvd_config import DVDGANConfig
 from fastvid.models.dvd_gan import generator_of
 from fastvid.models.hierarchical_vqvae import HierarchicalVQVAE, VQVAEConfig
 from fastvid.models.top_prior import TopPrior, TopPriorConfig
+from fastvid.nn.spectral import unfilled
 
 KINDS = {
     "vqvae": (HierarchicalVQVAE, VQVAEConfig),
@@ -45,7 +46,10 @@ def build(kind: str, config: dict, fresh: bool = True, most: int | None = None) 
     most:  not fresh: how many numbers all tensors together may have; more is a ValueError, before memory is taken.
     """
     model, config_class = KINDS[kind]
-    with contextlib.nullcontext() if fresh else _Unfilled(most):
+    with contextlib.ExitStack() as stack:
+        if not fresh:
+            stack.enter_context(_Unfilled(most))
+            stack.enter_context(unfilled())
         return model(_dataclass_from(config_class, config))
 
 

@@ -8,6 +8,8 @@ once, and never a layer that reads its weight, so that what gradient checkpointi
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from fastvid import ops
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FRESH = 15  # iterations from random u and v
+_unfilled: ContextVar[bool] = ContextVar("fastvid_unfilled", default=False)
 
 
 class _Kept(NamedTuple):
@@ -240,6 +243,16 @@ def spectral_norms(root: nn.Module) -> dict[str, float]:
     return {name: found[name] for name in names}
 
 
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """While inside, u, v and orthogonal weights are neither drawn nor computed, for a network that is loaded next."""
+    token = _unfilled.set(True)
+    try:
+        yield
+    finally:
+        _unfilled.reset(token)
+
+
 def orthogonal_init_(root: nn.Module) -> nn.Module:
     """Orthogonal weights and zero biases for every convolution, linear map and embedding, those of a ConvGRU included.
 
@@ -247,6 +260,8 @@ def orthogonal_init_(root: nn.Module) -> nn.Module:
     Returns: the root.
     Source:  Saxe et al. 2013, arXiv:1312.6120; Clark et al. 2019, arXiv:1907.06571, for its use.
     """
+    if _unfilled.get():
+        return root
     with torch.no_grad():
         for module in root.modules():
             if isinstance(module, LAYERS + TRANSPOSED):
@@ -261,6 +276,9 @@ def orthogonal_init_(root: nn.Module) -> nn.Module:
 def _drawn(weight: Tensor, dim: int, eps: float, n_power_iterations: int = 1) -> _Normed:
     """u and v from torch's generator, in the order that torch draws them in."""
     rows = weight.shape[dim]
+    if _unfilled.get():
+        u, v = (weight.new_zeros(n, dtype=_held(weight)) for n in (rows, weight.numel() // max(rows, 1)))
+        return _Normed(u, v, dim, eps, n_power_iterations)
     u, v = (weight.new_empty(size, dtype=_held(weight)).normal_() for size in (rows, weight.numel() // max(rows, 1)))
     return _Normed(F.normalize(u, dim=0, eps=eps), F.normalize(v, dim=0, eps=eps), dim, eps, n_power_iterations)
 
@@ -272,6 +290,8 @@ def _held(weight: Tensor) -> torch.dtype:
 @torch.no_grad()
 def _estimate(layers: Sequence[tuple[nn.Module, Tensor]]) -> None:
     """Many iterations for u and v that fit the weight."""
+    if _unfilled.get():
+        return
     parts: dict[tuple, list[tuple[nn.Module, Tensor]]] = {}
     for normed, weight in layers:
         parts.setdefault((normed.eps, weight.device, weight.dtype == torch.float64), []).append((normed, weight))
