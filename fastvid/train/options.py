@@ -9,7 +9,7 @@ import torch
 from fastvid.errors import UsageError
 
 # these decide when the run writes, reports or stops, never what the weights become
-FREE_ON_RESUME = ("checkpoint_every", "sample_every", "log_every", "minutes", "threads")
+FREE_ON_RESUME = ("checkpoint_every", "sample_every", "log_every", "minutes", "threads", "checkpointing")
 
 
 @dataclass(frozen=True)

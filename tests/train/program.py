@@ -14,20 +14,32 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from fake_tasks import NetTask, Windows
+from fake_tasks import NetTask, Windows, toy_gan
 
 from fastvid import models
 from fastvid.checkpoint import has_folder
-from fastvid.train import TrainOptions, VQVAETask, train
+from fastvid.train import GANOptions, TrainOptions, VQVAETask, train
 from fastvid.train.ranks import process_group
 
 OPTIONS = TrainOptions(
     steps=40, batch_size=4, learning_rate=3e-3, warmup=5, decay="none", checkpoint_every=5, sample_every=0, log_every=1
 )
 
+GAN_OPTIONS = GANOptions(
+    steps=40, batch_size=4, generator_rate=3e-3, discriminator_rate=3e-3, ema_start=10, checkpoint_every=5,
+    sample_every=0, log_every=1,
+)  # fmt: skip
 
-def make_task(kind: str):
-    """The task of a run: "vqvae" (tiny, with codebooks that start, move and restart), "net", or "lean" (no buffer)."""
+
+def options_of(kind: str, steps: int):
+    return replace(GAN_OPTIONS if kind == "gan" else OPTIONS, steps=steps)
+
+
+def make_task(kind: str, world: int = 1):
+    """The task of a run: "vqvae" (tiny, with codebooks that start, move and restart), "gan" (toy networks), "net", or
+    "lean" (no buffer)."""
+    if kind == "gan":
+        return toy_gan(GAN_OPTIONS, sync=world > 1, classes=3)
     if kind != "vqvae":
         return NetTask(batch_size=4, lean=kind == "lean")
     torch.manual_seed(0)
@@ -36,35 +48,49 @@ def make_task(kind: str):
     return VQVAETask(model, Windows(), OPTIONS.batch_size, {"clips": "noise"})
 
 
+def wrap(task, around) -> None:
+    """Let `around(loss)` stand in for the task's loss, or for those of all its turns."""
+    if hasattr(task, "turns"):
+        task.turns = tuple(turn._replace(loss=around(turn.loss)) for turn in task.turns)
+    else:
+        task.loss = around(task.loss)
+
+
 def dies_at(task, step: int, delay: float):
     """The task, in a process that is killed `delay` seconds after a step from `step` on begins, wherever it then is."""
-    loss, fuse = task.loss, []
+    fuse = []
 
     def kill():
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def wrapped(now: int, *rest):
-        if now >= step and not fuse:
-            fuse.append(threading.Thread(target=kill, daemon=True))
-            fuse[0].start()
-        return loss(now, *rest)
+    def around(loss):
+        def wrapped(now: int, *rest):
+            if now >= step and not fuse:
+                fuse.append(threading.Thread(target=kill, daemon=True))
+                fuse[0].start()
+            return loss(now, *rest)
 
-    task.loss = wrapped
+        return wrapped
+
+    wrap(task, around)
     return task
 
 
 def watched(task, out: Path, rank: int):
-    """The task, noting the hash of all buffers before each step in out/../rank<r>.txt."""
-    loss, notes = task.loss, out.parent / f"rank{rank}.txt"
+    """The task, noting the hash of all buffers before each step, or turn, in out/../rank<r>.txt."""
+    notes = out.parent / f"rank{rank}.txt"
 
-    def wrapped(*args):
-        digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in task.model.buffers())).hexdigest()
-        with open(notes, "a") as file:
-            file.write(f"{digest}\n")
-        return loss(*args)
+    def around(loss):
+        def wrapped(*args):
+            digest = hashlib.sha256(b"".join(b.numpy().tobytes() for b in task.model.buffers())).hexdigest()
+            with open(notes, "a") as file:
+                file.write(f"{digest}\n")
+            return loss(*args)
 
-    task.loss = wrapped
+        return wrapped
+
+    wrap(task, around)
     return task
 
 
@@ -79,7 +105,7 @@ def killed_run(out: Path, kind: str, steps: int, kills: int, seed: int) -> int:
             task = make_task(kind)
             if step is not None:
                 task = dies_at(task, step, dice.random() * 0.05)
-            train(task, replace(OPTIONS, steps=steps), out, resume=has_folder(out / "checkpoint"))
+            train(task, options_of(kind, steps), out, resume=has_folder(out / "checkpoint"))
             if step is not None:
                 os.kill(os.getpid(), signal.SIGKILL)  # the run was over sooner
             os._exit(0)
@@ -125,8 +151,9 @@ def main() -> None:
         print(json.dumps({"hits": killed_run(args.out, args.task, args.steps, args.kills, args.seed)}))
         return
     with process_group() as ranks:
-        task = watched(make_task(args.task), args.out, ranks.rank) if ranks.world > 1 else make_task(args.task)
-        train(task, replace(OPTIONS, steps=args.steps), args.out, args.resume)
+        task = make_task(args.task, ranks.world)
+        task = watched(task, args.out, ranks.rank) if ranks.world > 1 else task
+        train(task, options_of(args.task, args.steps), args.out, args.resume)
     if ranks.world > 1:
         threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
         (args.out.parent / f"threads{ranks.rank}.txt").write_text("\n".join(threads))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import OPTIONS, make_task
+from program import OPTIONS, make_task, options_of
 from test_resume import environment
 
 from fastvid.checkpoint import load_parts
@@ -32,9 +32,9 @@ def two_processes(out: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
-def losses(out: Path) -> list[float]:
+def losses(out: Path, name: str = "loss") -> list[float]:
     with open(out / "log.csv", newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row[name]) for row in csv.DictReader(file)]
 
 
 def test_codebooks_are_bit_identical_between_processes_at_every_step(tmp_path):
@@ -59,6 +59,17 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
         # a thread of the group that outlives it may abort the interpreter at its exit
         assert "gloo" not in (tmp_path / f"threads{rank}.txt").read_text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_processes_play_one_game(tmp_path):
+    """Noise, classes and clips are those of the whole batch, and so are the norms' moments: rounding alone differs."""
+    done = two_processes(tmp_path / "two", "--task", "gan", "--steps", "12")
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"rank{r}.txt").read_text() for r in (0, 1))
+    assert first == second and len(set(first.split())) == 3 * 12
+    train(make_task("gan"), options_of("gan", 12), tmp_path / "one")
+    for name in ("loss_d", "loss_g", "gradient_norm_d", "gradient_norm_g", "score_fake_temporal"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-3, abs=1e-5)
 
 
 def test_processes_that_drift_apart_are_stopped(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import OPTIONS, make_task
+from program import OPTIONS, make_task, options_of
 
 from fastvid.checkpoint import load_folder, load_parts
 from fastvid.errors import CheckpointError, UsageError
@@ -57,7 +57,7 @@ def assert_same_run(a: Path, b: Path):
 
 
 def killed_equals_unbroken(tmp_path: Path, kind: str, steps: int, kills: int, seed: int):
-    train(make_task(kind), replace(OPTIONS, steps=steps), tmp_path / "whole")
+    train(make_task(kind), options_of(kind, steps), tmp_path / "whole")
     command = [*PROGRAM, str(tmp_path / "killed"), "--task", kind, "--steps", str(steps), "--kills", str(kills)]
     done = subprocess.run([*command, "--seed", str(seed)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_killed_twice_equals_unbroken(tmp_path, kind):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["net", "vqvae"])
+@pytest.mark.parametrize("kind", ["net", "vqvae", "gan"])
 def test_killed_fifty_times_equals_unbroken(tmp_path, kind):
     killed_equals_unbroken(tmp_path, kind, steps=250, kills=50, seed=2)
 
