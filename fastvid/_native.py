@@ -55,6 +55,7 @@ SIGNATURES = {
         "fastvid_axial_attention": (INT, (POINTER,)),
         "fastvid_axial_attention_backward": (INT, (POINTER,)),
         "fastvid_axial_self_attention": (INT, (POINTER,)),
+        "fastvid_image_conv": (INT, (POINTER,)),  # an ImageCall of kernels/image_conv/cpu.h
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvid.kernels.image_conv import reference
+from fastvid.ops import _cpu_image
 from fastvid.ops._autocast import autocast
 from fastvid.ops._op import Backend, never, op
 
@@ -31,7 +32,10 @@ def _fake_backward(x, weight, grad, wanted) -> tuple[Tensor, ...]:
 
 @op(
     "(Tensor x, Tensor weight, Tensor grad, bool[] wanted) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    backends=[Backend("reference", reference.image_conv_backward, never)],
+    backends=[
+        Backend("cpu", _cpu_image.image_conv_backward, _cpu_image.why_not_backward, _cpu_image.unasked),
+        Backend("reference", reference.image_conv_backward, never),
+    ],
     fake=_fake_backward,
     result=ImageConvGradients,
 )
@@ -74,7 +78,10 @@ def _backward(ctx, grad: Tensor):
 
 @op(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
-    backends=[Backend("reference", reference.image_conv, never)],
+    backends=[
+        Backend("cpu", _cpu_image.image_conv, _cpu_image.why_not, _cpu_image.unasked),
+        Backend("reference", reference.image_conv, never),
+    ],
     fake=_fake,
     result=Tensor,
     backward=_backward,

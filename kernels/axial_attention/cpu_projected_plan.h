@@ -7,7 +7,6 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int64_t MOST_SUMMED = 256;  // products that are summed before the sum joins the total
 constexpr int64_t WANTED_POSITIONS = 96;  // positions of a block: enough that a panel is worth fetching
 constexpr int64_t MOST_HEADS = 8;  // heads whose queries, keys and values are in scratch at once
 constexpr int64_t THREAD_WORK = 1 << 19;  // multiply-adds, about 10 microseconds: less is not worth another thread

@@ -5,11 +5,11 @@
 #pragma once
 
 #include "axial_attention/cpu_lanes.h"
+#include "common/panel.h"
 
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int64_t PANEL = 2 * LANES;                 // keys, or channels of values, that one tile multiplies at once
 constexpr int SHORT_ROWS = TILE_ROWS < 8 ? 8 : TILE_ROWS;  // rows of a tile of one vector
 constexpr int64_t STRETCH = 64;                      // keys whose values are summed before the sum joins the total
 constexpr int MOST_BAND = 48;                        // rows whose scores become weights together

@@ -5,6 +5,7 @@
 #include "axial_attention/cpu.h"
 #include "common/pool.h"
 #include "gated_causal_conv/cpu.h"
+#include "image_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
 #include "pixelcnn_sampler/cpu.h"
 
@@ -27,6 +28,7 @@ struct Level {
     fastvid::Outcome (*axial_attention)(const fastvid::AttentionCall&);
     fastvid::Outcome (*axial_attention_backward)(const fastvid::AttentionGradCall&);
     fastvid::Outcome (*axial_self_attention)(const fastvid::SelfAttentionCall&);
+    fastvid::Outcome (*image_conv)(const fastvid::ImageCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
@@ -34,7 +36,7 @@ struct Level {
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
      fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
      fastvid::level::weight_gradient, fastvid::level::axial_attention, fastvid::level::axial_attention_backward,  \
-     fastvid::level::axial_self_attention}
+     fastvid::level::axial_self_attention, fastvid::level::image_conv}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -158,3 +160,6 @@ FASTVID_API int fastvid_axial_attention_backward(const fastvid::AttentionGradCal
 FASTVID_API int fastvid_axial_self_attention(const fastvid::SelfAttentionCall* call) {
     return chosen.load()->axial_self_attention(*call);
 }
+
+// See image_conv/cpu.h for the call.
+FASTVID_API int fastvid_image_conv(const fastvid::ImageCall* call) { return chosen.load()->image_conv(*call); }

@@ -1,0 +1,76 @@
+// How one call is cut: columns into panels, panels into groups, tiles into blocks, and where a tile reads and writes.
+#pragma once
+
+#include "common/scratch.h"
+#include "image_conv/cpu.h"
+#include "image_conv/cpu_winograd.h"
+
+namespace fastvid::FASTVID_LEVEL {
+namespace {
+
+constexpr int64_t SLAB_FLOATS = 96 << 10;           // of transformed tiles, all points: a part of the L2 cache
+constexpr int64_t LEAST_BLOCK = 48, MOST_BLOCK = 96;  // tiles that a fetched weight serves
+constexpr int64_t MOST_GROUP = 4;                   // panels that pass over a block point by point
+constexpr int64_t PIECE_ROWS = 128;                 // of a panel, packed by one piece
+constexpr int64_t THREAD_WORK = 1 << 18;  // multiply-adds of the definition, about 10 microseconds: less is no gain
+constexpr int64_t LINE = 16;              // floats: keeps arrays that are written together out of one cache set
+
+inline int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+
+inline int64_t at_least(int64_t value, int64_t least) { return value > least ? value : least; }
+
+inline int64_t divide_up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+struct Plan {
+    ImageCall call;
+    int64_t rows, columns, tiles;  // of 2 x 2 outputs: down an image, along it, in all
+    int64_t panels, group, groups, parts;  // parts: pieces that pack one panel
+    int64_t block, blocks, pieces_of_block;
+    int64_t width;                    // floats of a transformed position: Cin in whole vectors
+    int64_t point_step, panel_step;   // from point to point of a block's transformed tiles, and of a panel's products
+    int threads;
+    float* packed;  // [panels][POINTS][Cin][PANEL]
+    float* zeros;   // [width]: a position outside
+    float* bias;    // [panels][PANEL]
+    int64_t next_part, next_piece;  // taken by whoever is free
+
+    void cut(Cutter& cutter) {
+        packed = cutter.cut<float>(panels * POINTS * call.Cin * PANEL);
+        zeros = cutter.cut<float>(width);
+        bias = cutter.cut<float>(panels * PANEL);
+    }
+};
+
+inline void make_plan(Plan& plan) {
+    const ImageCall& call = plan.call;
+    plan.rows = divide_up(call.H, 2);
+    plan.columns = divide_up(call.W, 2);
+    plan.tiles = call.N * plan.rows * plan.columns;
+    plan.panels = divide_up(call.Cout, PANEL);
+    plan.group = at_most(MOST_GROUP, plan.panels);
+    plan.groups = divide_up(plan.panels, plan.group);
+    plan.parts = divide_up(call.Cin, PIECE_ROWS);
+    plan.width = divide_up(call.Cin, LANES) * LANES;
+    const int64_t fitting = at_most(at_least(SLAB_FLOATS / (POINTS * plan.width), LEAST_BLOCK), MOST_BLOCK);
+    plan.blocks = divide_up(plan.tiles, fitting);
+    plan.block = plan.blocks ? divide_up(divide_up(plan.tiles, plan.blocks), TILE_ROWS) * TILE_ROWS : 0;
+    plan.blocks = plan.blocks ? divide_up(plan.tiles, plan.block) : 0;
+    plan.point_step = plan.block * plan.width + LINE;
+    plan.panel_step = plan.block * PANEL + LINE;
+    const int64_t work = 9 * call.N * call.H * call.W * call.Cin * call.Cout;
+    plan.threads = (int)at_most(call.threads, 1 + work / THREAD_WORK);
+    // one thread takes a block at once; several even out by smaller pieces
+    const int64_t wanted = plan.threads < 2 ? 1 : 8 * (int64_t)plan.threads;
+    plan.pieces_of_block = plan.blocks ? at_most(divide_up(wanted, plan.blocks), plan.groups) : 1;
+}
+
+// Where tile number i lies: its image, and its first output's row and column.
+struct Tile {
+    int64_t n, y, x;
+
+    Tile(const Plan& plan, int64_t i)
+        : n(i / (plan.rows * plan.columns)), y(i / plan.columns % plan.rows * 2), x(i % plan.columns * 2) {}
+};
+
+}  // namespace
+}  // namespace fastvid::FASTVID_LEVEL
