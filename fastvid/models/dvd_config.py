@@ -95,12 +95,13 @@ PRESETS = {
     "256x12": _paper(256, 12, *_SIZES[256]),
     "64-fp": _paper(64, 11, *_SIZES[64], given=5),  # the paper's task on Kinetics: 16 frames, 5 of them given
     "64-fp4": _paper(64, 12, *_SIZES[64], given=4),
+    # little noise: the narrower a layer, the more each number of it moves every channel
     "digits32": DVDGANConfig(
-        frames=12, size=32, width=8, groups=(8, 6, 3), discriminator_width=8, discriminator=(4, 8, 8), latent=32,
-        embedding=32,
+        frames=12, size=32, width=8, groups=(8, 6, 3), discriminator_width=8, discriminator=(4, 8, 8), latent=8,
+        embedding=16,
     ),
     "push32-fp": DVDGANConfig(
-        frames=12, size=32, width=8, groups=(8, 6, 3), discriminator_width=8, discriminator=(4, 8, 8), latent=32,
+        frames=12, size=32, width=8, groups=(8, 6, 3), discriminator_width=8, discriminator=(4, 8, 8), latent=8,
         given=4,
     ),
     "tiny": DVDGANConfig(
