@@ -62,7 +62,7 @@ class DVDGANTask:
         self.given, self.batch_size = config.given, options.batch_size
         # as it comes back from the disk, where tuples are lists
         self.config = json.loads(json.dumps({"kind": "dvdgan", **asdict(config)}))
-        self.fingerprint = {"model": self.config, "data": data, "classes": self.config.get("class_names")}
+        self.fingerprint = {"model": self.config, "data": data}
         self.players = _players(networks, options)
         judging = options.discriminator_steps
         self.turns = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastvid.errors import FastvidError, UsageError
-from fastvid.train.options import TrainOptions
+from fastvid.train.options import RunOptions
 from fastvid.train.ranks import Ranks
 from fastvid.train.report import Report, stop_signals
 from fastvid.train.run import Run, Task, check_run
@@ -30,7 +30,7 @@ class TrainResult(NamedTuple):
     model: Path
 
 
-def train(task: Task, options: TrainOptions, out: str | Path, resume: bool = False) -> TrainResult:
+def train(task: Task, options: RunOptions, out: str | Path, resume: bool = False) -> TrainResult:
     """Train `task.model` and leave a run folder; in every process of a torchrun alike.
 
     out:     the run folder, new unless `resume`.

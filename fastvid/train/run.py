@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvid.checkpoint import has_folder, load_parts, save_folder
 from fastvid.errors import CheckpointError, UsageError
 from fastvid.train.log import CsvLog
-from fastvid.train.options import TrainOptions
+from fastvid.train.options import FREE_ON_RESUME, RunOptions
 from fastvid.train.ranks import Ranks, state_of
 from fastvid.train.turns import Mover, Player, Turn
 
@@ -68,7 +68,7 @@ def check_run(out: Path, resume: bool) -> None:
 class Run:
     """Model, averaged weights, optimizer and counters of one process; begun anew or loaded from its checkpoint."""
 
-    def __init__(self, task: Task, options: TrainOptions, out: Path, ranks: Ranks):
+    def __init__(self, task: Task, options: RunOptions, out: Path, ranks: Ranks):
         self.task, self.options, self.out, self.ranks = task, options, out, ranks
         self.model = task.model.train()
         ranks.spread(state_of(self.model))
@@ -145,7 +145,8 @@ class Run:
         now = self._identity()
         for part, what in (("options", "--{}"), ("task", "its {}")):
             old, new = config.get(part, {}), now[part]
-            for key in sorted(old.keys() | new.keys()):
+            # what is free now may have been fixed when the run began
+            for key in sorted((old.keys() | new.keys()) - set(FREE_ON_RESUME)):
                 if old.get(key) != new.get(key):
                     raise UsageError(
                         f"--resume: {self.out} was trained with {what.format(key.replace('_', '-'))} = {old.get(key)}, "

@@ -41,7 +41,7 @@ def test_a_run_that_goes_on_equals_an_unbroken_one_and_leaves_a_generator(tmp_pa
     generator.load_state_dict(tensors)
     assert generator.sample(2, labels=[0, 1]).shape == (2, 4, 3, 16, 16)
     assert (tmp_path / "whole" / "samples" / "step_00000002.png").is_file()
-    with pytest.raises(UsageError, match="its classes = .'1', '7'., now it is .'2', '7'."):
+    with pytest.raises(UsageError, match="its data = .*, now it is"):
         train_dvdgan(*arguments, tmp_path / "parts", steps=3, classes=["7", "2"], **FEW, resume=True)
 
 
