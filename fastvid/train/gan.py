@@ -23,8 +23,8 @@ from fastvid.train.turns import Player, Turn
 JUDGES = ("spatial", "temporal")
 BETAS = (0.0, 0.999)
 COMPARED = 16  # clips whose distances say how diverse a batch is
-SURE, LONG = 0.99, 2000  # accuracy on generated clips, and for how many steps, that leave the generator no way
-COLLAPSED, EARLY = 0.1, 1000  # share of the real clips' distances; before so many steps every generator is dull
+SURE, LONG = 0.99, 500  # accuracy on generated clips, and for how many steps, that leave the generator no way
+COLLAPSED, EARLY = 0.1, 500  # share of the real clips' distances; before so many steps every generator is dull
 ROWS = 16  # of a sample sheet
 
 

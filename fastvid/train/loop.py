@@ -126,6 +126,8 @@ def _play(run: Run, place: int, turn: Turn, flags: dict) -> tuple[dict[str, floa
         if place + 1 < len(run.turns) and not mover.kept:
             mover.keep()  # a later turn may still fail
         mover.move(norm, run.options.rate_at(run.step, mover.player.learning_rate))
+        if len(run.movers) > 1:
+            mover.optimizer.zero_grad()  # the others' turns need the memory
     elif len(run.turns) > 1:
         culprit = f"in turn {place + 1} of {len(run.turns)} ({turn.player}) {culprit}"
     return numbers | {f"gradient_norm{turn.suffix}": float(norm)}, culprit

@@ -11,7 +11,7 @@ from test_resume import assert_same_run
 from fastvid.checkpoint import load_folder, load_parts
 from fastvid.errors import FastvidError, UsageError
 from fastvid.train import GANOptions, train
-from fastvid.train.gan import JUDGES, LONG, diversity
+from fastvid.train.gan import EARLY, JUDGES, LONG, diversity
 
 OPTIONS = GANOptions(
     steps=6, batch_size=4, generator_rate=0.01, discriminator_rate=0.02, ema_start=3, ema_decay=0.5,
@@ -234,7 +234,7 @@ def test_warnings_of_a_lost_game_and_of_collapse():
     assert task.warn(LONG + 100, sure | {"accuracy_fake_spatial": 0.9}) is None
     assert task.warn(LONG + 150, sure) is None  # it counts anew
     dull = sure | {"accuracy_fake_spatial": 0.5, "diversity": 0.09}
-    assert task.warn(50, dull) is None and "collapsed" in task.warn(1000, dull)
+    assert task.warn(50, dull) is None and "collapsed" in task.warn(EARLY, dull)
 
 
 @pytest.mark.parametrize("kind", KINDS)
