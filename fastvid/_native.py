@@ -56,6 +56,9 @@ SIGNATURES = {
         "fastvid_axial_attention_backward": (INT, (POINTER,)),
         "fastvid_axial_self_attention": (INT, (POINTER,)),
         "fastvid_image_conv": (INT, (POINTER,)),  # an ImageCall of kernels/image_conv/cpu.h
+        # a NormCall, a NormGradCall of kernels/spectral_norm/cpu.h
+        "fastvid_spectral_norm": (INT, (POINTER,)),
+        "fastvid_spectral_norm_backward": (INT, (POINTER,)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

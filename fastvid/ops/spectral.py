@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvid.kernels.spectral_norm import reference
+from fastvid.ops import _cpu_spectral
 from fastvid.ops._op import Backend, never, op
 
 
@@ -31,7 +32,10 @@ def _fake_backward(grads, weights, u, v, sigma, dims) -> tuple[list[Tensor]]:
 
 @op(
     "(Tensor[] grads, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, int[] dims) -> Tensor[] grad_weights",
-    backends=[Backend("reference", reference.spectral_norm_backward, never)],
+    backends=[
+        Backend("cpu", _cpu_spectral.spectral_norm_backward, _cpu_spectral.why_not_backward),
+        Backend("reference", reference.spectral_norm_backward, never),
+    ],
     fake=_fake_backward,
     result=list,
 )
@@ -84,7 +88,10 @@ def _backward(ctx, grads: list[Tensor | None], *_):
 @op(
     "(Tensor[] weights, Tensor[] u, Tensor[] v, int iterations, float eps, int[] dims)"
     " -> (Tensor[] out, Tensor[] u, Tensor[] v, Tensor sigma)",
-    backends=[Backend("reference", reference.spectral_norm, never)],
+    backends=[
+        Backend("cpu", _cpu_spectral.spectral_norm, _cpu_spectral.why_not),
+        Backend("reference", reference.spectral_norm, never),
+    ],
     fake=_fake,
     result=SpectralNormed,
     backward=_backward,

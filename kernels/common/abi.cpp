@@ -8,6 +8,7 @@
 #include "image_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
 #include "pixelcnn_sampler/cpu.h"
+#include "spectral_norm/cpu.h"
 
 #define FASTVID_API extern "C" __attribute__((visibility("default")))
 
@@ -29,6 +30,8 @@ struct Level {
     fastvid::Outcome (*axial_attention_backward)(const fastvid::AttentionGradCall&);
     fastvid::Outcome (*axial_self_attention)(const fastvid::SelfAttentionCall&);
     fastvid::Outcome (*image_conv)(const fastvid::ImageCall&);
+    fastvid::Outcome (*spectral_norm)(const fastvid::NormCall&);
+    fastvid::Outcome (*spectral_norm_backward)(const fastvid::NormGradCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
@@ -36,7 +39,8 @@ struct Level {
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
      fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
      fastvid::level::weight_gradient, fastvid::level::axial_attention, fastvid::level::axial_attention_backward,  \
-     fastvid::level::axial_self_attention, fastvid::level::image_conv}
+     fastvid::level::axial_self_attention, fastvid::level::image_conv, fastvid::level::spectral_norm,            \
+     fastvid::level::spectral_norm_backward}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -163,3 +167,10 @@ FASTVID_API int fastvid_axial_self_attention(const fastvid::SelfAttentionCall* c
 
 // See image_conv/cpu.h for the call.
 FASTVID_API int fastvid_image_conv(const fastvid::ImageCall* call) { return chosen.load()->image_conv(*call); }
+
+// See spectral_norm/cpu.h for the two calls.
+FASTVID_API int fastvid_spectral_norm(const fastvid::NormCall* call) { return chosen.load()->spectral_norm(*call); }
+
+FASTVID_API int fastvid_spectral_norm_backward(const fastvid::NormGradCall* call) {
+    return chosen.load()->spectral_norm_backward(*call);
+}
