@@ -26,12 +26,8 @@ struct GradJob {
 
 template <class T>
 double product_of_run(const WeightToMove& weight, const Piece& piece) {
-    double product = 0;
-    for (int64_t begin = piece.begin; begin < piece.end; begin += SUMMED) {
-        const int64_t count = begin + SUMMED < piece.end ? SUMMED : piece.end - begin;
-        product += product_of((const T*)weight.grad + begin, (const T*)weight.matrix + begin, count);
-    }
-    return product;
+    return product_of((const T*)weight.grad + piece.begin, (const T*)weight.matrix + piece.begin,
+                      piece.end - piece.begin);
 }
 
 void multiply_run(void* context, int64_t i) {

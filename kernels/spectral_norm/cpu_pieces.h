@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t GROUP_ELEMENTS = 128 << 10;  // of weights whose passes follow each other, unless one alone has more
 constexpr int64_t PIECE_ELEMENTS = 64 << 10;   // of rows that one thread takes at a time
 constexpr int64_t MOST_PIECES = 16;            // of a weight's rows: each has sums of its own over them
-constexpr int64_t SUMMED = 16 << 10;           // elements whose products are summed in float32
 constexpr int64_t RUN_ELEMENTS = 32 << 10;     // that one thread divides at a time
 constexpr int64_t ALONE = 64 << 10;            // elements of a call that are not worth another thread
 

@@ -1,6 +1,7 @@
 // Loops over a few rows of a matrix at a time, and over runs of its elements.
 #pragma once
 
+#include "common/math.h"
 #include "common/numbers.h"
 
 namespace fastvid::FASTVID_LEVEL {
@@ -14,6 +15,17 @@ inline Floats widened(const BFloat16* from) {
     typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
     typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
     return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+inline Doubles doubles(const float* from) {
+    typedef float Few __attribute__((vector_size(VECTOR_BYTES / 2)));
+    return __builtin_convertvector(load<Few>(from), Doubles);
+}
+
+inline Doubles doubles(const BFloat16* from) {
+    float values[DOUBLES];
+    for (int lane = 0; lane < DOUBLES; ++lane) values[lane] = widen(from[lane]);
+    return doubles(values);
 }
 
 inline void put(float* to, Floats values) { store(to, values); }
@@ -65,17 +77,18 @@ void add_rows(const T* rows, int64_t cols, const float* factors, float* sums) {
         for (int r = 0; r < R; ++r) sums[c] += widen(rows[r * cols + c]) * factors[r];
 }
 
-// The sum of products of two runs of elements.
+// The sum of products of two runs of elements, in double: it may be far smaller than what it is made of.
 template <class T>
-float product_of(const T* a, const T* b, int64_t count) {
-    Floats sums[4] = {};
+double product_of(const T* a, const T* b, int64_t count) {
+    Doubles sums[4] = {};
     int64_t i = 0;
-    for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int k = 0; k < 4; ++k)
-            sums[k] = multiply_add(widened(a + i + k * LANES), widened(b + i + k * LANES), sums[k]);
-    float rest = 0;
-    for (; i < count; ++i) rest += widen(a[i]) * widen(b[i]);
-    return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+    for (; i + 2 * LANES <= count; i += 2 * LANES)
+        for (int k = 0; k < 4; ++k) sums[k] += doubles(a + i + k * DOUBLES) * doubles(b + i + k * DOUBLES);
+    double sum = 0;
+    for (; i < count; ++i) sum += (double)widen(a[i]) * widen(b[i]);
+    const Doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int lane = 0; lane < DOUBLES; ++lane) sum += all[lane];
+    return sum;
 }
 
 template <class T>
