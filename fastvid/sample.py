@@ -26,7 +26,6 @@ from fastvid.models import about, load
 from fastvid.models.predictor import model_folder
 
 STEPS = 8  # clips of an interpolation, both ends among them
-AT_ONCE = 8  # clips that are made between two files
 KINDS = ("scaled", "truncated")
 REPORT, SHEET = "samples.json", "samples_contact.png"
 MOST_NAMED = 40  # classes in a message
@@ -79,7 +78,7 @@ def sample_clips(
     model:    a model folder or a run folder of a DVDGANGenerator.
     classes:  names, or numbers from 0; a name goes before a number. `clips` are made of each, and the k-th of every
               class has the same noise. None given: `clips` in all, the classes in turn.
-    seed:     with a clip's number and class it decides the clip.
+    seed:     with a clip's number and class it decides the clip, alone or in company.
     truncation, kind: "scaled" multiplies the noise by it, "truncated" draws from a normal without the tails beyond it.
     interpolate: "A:B" makes `clips` lines of 8 clips between two classes, the noise of each line fixed; "z" between
               two noises, k and k + 1, in every class.
@@ -166,7 +165,8 @@ def _lines(generator: nn.Module, request: _Request) -> list[_Line]:
         clips = [_clip(config, label, k) for label in labels or [None] for k in range(request.clips)]
     else:
         clips = [_clip(config, k % config.classes, k) for k in range(request.clips)]
-    return [_Line(clips[i : i + AT_ONCE]) for i in range(0, len(clips), AT_ONCE)]
+    # one by one: rounding may depend on the company, which must not change a clip
+    return [_Line([clip]) for clip in clips]
 
 
 def _interpolations(config: Any, labels: list[int | None], request: _Request) -> list[_Line]:
@@ -258,12 +258,12 @@ def _shown(lines: list[_Line]) -> set[int]:
 def _generate(generator: nn.Module, line: _Line, request: _Request) -> Tensor:
     """[n, T, 3, H, W] in [0, 1]."""
     how = (request.seed, request.truncation, request.kind)
-    numbers, labels = [clip.number for clip in line.clips], [clip.label for clip in line.clips]
+    first = line.clips[0]
     if line.between == "z":
-        return generator.between_noises(*generator.noise(list(line.ends), *how), label=labels[0], steps=STEPS)
+        return generator.between_noises(*generator.noise(list(line.ends), *how), label=first.label, steps=STEPS)
     if line.between == "classes":
-        return generator.between_classes(generator.noise(numbers[:1], *how)[0], *line.ends, steps=STEPS)
-    return generator.sample(len(numbers), None if labels[0] is None else labels, *how, numbers=numbers)
+        return generator.between_classes(generator.noise([first.number], *how)[0], *line.ends, steps=STEPS)
+    return generator.sample(1, None if first.label is None else [first.label], *how, numbers=[first.number])
 
 
 def _report(

@@ -156,6 +156,14 @@ def test_how_many_clips_unless_told(monkeypatch, typed, clips, interpolate):
     assert called[0][2] == clips and called[0][6] == interpolate and called[0][5] == "scaled"
 
 
+def test_evaluate_is_asked_what_was_typed(monkeypatch):
+    called = []
+    monkeypatch.setattr("fastvid.evaluate.evaluate", lambda *args: called.append(args))
+    monkeypatch.setattr("fastvid.evaluate.table", str)
+    assert main("evaluate --data d --model m --clips 9 --metrics fvd --frame-step 2 --truncation 0.5".split()) == 0
+    assert called == [("m", "d", 9, 10, 0, ("fvd",), None, None, "i3d", "tf1", "default", 2, 0.5)]
+
+
 def test_ctrl_c_leaves_nothing_half_written(place, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastvid", "predict", "good.mp4", "--model", "tiny", "--frames", "100000"]
