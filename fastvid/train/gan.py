@@ -76,7 +76,8 @@ class DVDGANTask:
         """Hinge losses of both discriminators on fresh real and generated clips, summed.
 
         place: of the turn in its step.
-        Metrics: of each discriminator its loss, mean scores and accuracies on real and generated clips; diversity.
+        Metrics: of each discriminator its loss, mean scores and accuracies on real and generated clips; diversity, if
+        the process has two clips, within its share of the batch.
         """
         real, real_label = self._real(place, step, rank, world)
         draws = self._draws(place, step, rank, world)
