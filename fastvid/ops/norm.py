@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fastvid.kernels.conditional_batch_norm import reference
 from fastvid.kernels.conditional_batch_norm.reference import FrameMoments, Normed, NormGradients
-from fastvid.ops._op import Backend, never, op
+from fastvid.ops._op import Backend, lazy, never, op, triton
+
+TRITON = "conditional_batch_norm.triton_gpu"
 
 
 def _fake_moments(x) -> tuple[Tensor, Tensor]:
@@ -38,7 +40,10 @@ def _moments_backward(ctx, grad_mean: Tensor, grad_var: Tensor):
 
 @op(
     "(Tensor x) -> (Tensor mean, Tensor var)",
-    backends=[Backend("reference", reference.frame_moments, never)],
+    backends=[
+        triton(lazy(TRITON, "frame_moments"), lazy(TRITON, "why_not")),
+        Backend("reference", reference.frame_moments, never),
+    ],
     fake=_fake_moments,
     result=FrameMoments,
     backward=_moments_backward,
@@ -61,7 +66,10 @@ def frame_moments(x: Tensor) -> FrameMoments:
     "(Tensor x, Tensor mean, Tensor var, Tensor gain, Tensor bias, Tensor grad_out, float eps, bool relu,"
     " bool upsample, bool own, bool[] wanted)"
     " -> (Tensor grad_x, Tensor grad_mean, Tensor grad_var, Tensor grad_gain, Tensor grad_bias)",
-    backends=[Backend("reference", reference.conditional_norm_backward, never)],
+    backends=[
+        triton(lazy(TRITON, "conditional_norm_backward"), lazy(TRITON, "why_not")),
+        Backend("reference", reference.conditional_norm_backward, never),
+    ],
     fake=_fake_backward,
     result=NormGradients,
 )
@@ -111,7 +119,10 @@ def _backward(ctx, grad_out: Tensor):
 @op(
     "(Tensor x, Tensor mean, Tensor var, Tensor gain, Tensor bias, float eps=1e-5, bool relu=True,"
     " bool upsample=False) -> Tensor",
-    backends=[Backend("reference", reference.conditional_norm, never)],
+    backends=[
+        triton(lazy(TRITON, "conditional_norm"), lazy(TRITON, "why_not")),
+        Backend("reference", reference.conditional_norm, never),
+    ],
     fake=lambda x, mean, var, gain, bias, eps, relu, upsample: (_fake_out(x, upsample),),
     result=Tensor,
     backward=_backward,
@@ -156,7 +167,10 @@ def _batch_backward(ctx, grad_out: Tensor, _mean, _var):
 @op(
     "(Tensor x, Tensor gain, Tensor bias, float eps=1e-5, bool relu=True, bool upsample=False)"
     " -> (Tensor out, Tensor mean, Tensor var)",
-    backends=[Backend("reference", reference.conditional_batch_norm, never)],
+    backends=[
+        triton(lazy(TRITON, "conditional_batch_norm"), lazy(TRITON, "why_not")),
+        Backend("reference", reference.conditional_batch_norm, never),
+    ],
     fake=lambda x, gain, bias, eps, relu, upsample: (_fake_out(x, upsample), *_fake_moments(x)),
     result=Normed,
     backward=_batch_backward,
