@@ -38,8 +38,9 @@ def evaluate(
 
     Beside a VideoPredictor stand repeating the last given frame, futures of codes drawn by themselves, each from the
     training windows' codes at its place, and the autoencoder's reconstruction: what the codes themselves lose. Beside a
-    DVDGANPredictor, which has no codes, stands the repeated frame. As many clips of a generator, of the same classes as
-    the windows, stand beside those of one that is untrained, random pixels, and windows of the train split: the floor.
+    DVDGANPredictor, which has no codes, stand the repeated frame, an untrained model and random pixels. As many clips
+    of a generator, of the same classes as the windows, stand beside those of one that is untrained, random pixels, and
+    windows of the train split: the floor.
 
     model:     a shipped name, a model or run folder. data: what `open_clips` takes; its test split is measured.
     clips:     windows to measure, one per clip where there are enough. samples: predictions per window.

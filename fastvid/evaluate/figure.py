@@ -71,7 +71,7 @@ def figures(
     """
     make, values = Figures(groups, seed), tally.values
     found: dict[str, Figure] = {}
-    baselines = BASELINES if fit is not None else ("repeat",)
+    baselines = BASELINES if fit is not None else ("repeat", "untrained", "noise")
     if "psnr" in judged.metrics and fit is not None:
         error = values["error"]
         pooled = make.mean(error, "dB", lambda mean: _decibel(mean.squeeze(1)))

@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections import Counter
 from dataclasses import asdict
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fastvid.data.clips import ClipWindows
 from fastvid.errors import DataError, UsageError
 from fastvid.evaluate.extract import Extractor
 from fastvid.evaluate.windows import Held, choose_windows, decodable, opened, same_clips, undivided, window_of
-from fastvid.models import build
+from fastvid.models import DVDGANConfig, build
 from fastvid.train.ranks import Ranks
 
 AT_ONCE = 8  # clips of each set between two reports of progress
@@ -86,7 +87,7 @@ def compare(
     Returns: pooled_<set> [n, 1024] and logits_<set> [n, 400]; of each set [n] the clip of each row; rows for the sheet.
     """
     count = max(len(sets.held.places), len(sets.trained.places) if sets.trained else 0)
-    untrained = _untrained(generator, seed)
+    untrained = _untrained(generator.config, seed)
     mine, quiet = {}, not (ranks.leads and sys.stderr.isatty())
     with tqdm(total=count, unit="clip", desc="measuring", disable=quiet) as bar:
         for number, first in enumerate(range(0, count, AT_ONCE)):
@@ -129,11 +130,25 @@ def _clips(
     return clips
 
 
-def _untrained(generator: nn.Module, seed: int) -> nn.Module:
+def futures_beside(predictor: nn.Module, video: Tensor, first: int, seed: int) -> dict[str, Tensor]:
+    """What stands beside a frame predictor: an untrained one's prediction of each window, and random pixels.
+
+    video:   [B, 3, T, H, W] in [0, 1], windows number `first` and following; its first frames are given.
+    Returns: "untrained" and "noise", each like `video`.
+    """
+    given, numbers = predictor.config.given, range(first, first + len(video))
+    start, n = video[:, :, :given].transpose(1, 2), video.shape[2] - given
+    made = _untrained(predictor.config, seed).predict(start, n, [range(i, i + 1) for i in numbers], seed)[:, 0]
+    noise = torch.stack([_noise(video.shape[1:], seed, number) for number in numbers]).float().div(255)
+    return {"untrained": torch.cat([video[:, :, :given], made.transpose(1, 2)], dim=2), "noise": noise}
+
+
+@lru_cache(maxsize=1)
+def _untrained(config: DVDGANConfig, seed: int) -> nn.Module:
     """A generator as it was before its first step, from weights of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_key("untrained", seed))
-        return build("dvdgan", asdict(generator.config)).eval()
+        return build("dvdgan", asdict(config)).eval()
 
 
 def _noise(shape: torch.Size, seed: int, number: int) -> Tensor:

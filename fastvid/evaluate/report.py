@@ -10,7 +10,9 @@ from fastvid.evaluate.windows import Held, Window
 LIKENESS = ("best", "mean", "repeat", "marginal", "reconstruction")
 DISTANCES = ("model", "repeat", "marginal", "reconstruction", "real")
 COLUMNS = {  # by what the model is, where it draws no codes: of likeness, of distances
-    "frame predictor": (("best", "mean", "repeat"), ("model", "repeat", "real")),
+    "frame predictor": (
+        ("best", "mean", "repeat", "untrained", "noise"), ("model", "repeat", "untrained", "noise", "real"),
+    ),
     "generator": ((), ("model", "untrained", "noise", "train", "real")),
 }  # fmt: skip
 HEADS = {

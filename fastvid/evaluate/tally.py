@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastvid.errors import UsageError, WeightsError
 from fastvid.evaluate.extract import Extractor
+from fastvid.evaluate.generator import futures_beside
 from fastvid.evaluate.windows import ENCODED_AT_ONCE, Held, encode, joined, marginal_codes, window_of
 from fastvid.metrics import LPIPS, best_of, bits_per_code, psnr, ssim
 from fastvid.models import VideoPredictor
@@ -165,6 +166,8 @@ def _part(
     if fit is not None:
         marginal = predictor.vqvae.decode(*marginal_codes(fit, part.codes, first, seed))
         others |= {"marginal": marginal, "reconstruction": rebuilt}
+    else:
+        others |= futures_beside(predictor, video, first, seed)
     # noise of its own for every window: clips that shared it would be alike, which distances of sets would see
     numbers = [range(window * NUMBERS, window * NUMBERS + samples) for window in range(first, first + len(clips))]
     start, n = video[:, :, :given].transpose(1, 2), video.shape[2] - given

@@ -253,8 +253,9 @@ def test_processes_share_the_work_and_agree(model, data, monkeypatch):
 
 def test_a_frame_predictor_has_all_figures_but_those_of_codes(predictor, data, judged, tmp_path):
     result = evaluate(predictor, str(data), clips=5, samples=2, cache=judged, sheet=tmp_path / "s.png")
-    likeness = {f"{metric}_{who}" for metric in ("psnr", "ssim") for who in ("best", "mean", "repeat", "wins")}
-    distances = {f"{metric}_{who}" for metric in ("fvd", "fid_i3d400", "is_i3d400") for who in ("model", "repeat")}
+    beside = ("repeat", "untrained", "noise")
+    likeness = {f"{metric}_{who}" for metric in ("psnr", "ssim") for who in ("best", "mean", "wins", *beside)}
+    distances = {f"{metric}_{who}" for metric in ("fvd", "fid_i3d400", "is_i3d400") for who in ("model", *beside)}
     assert likeness | distances | {"is_i3d400_real"} == set(result["figures"])
     assert result["kind"] == "frame predictor" and result["missing"]["bits"] == "the model draws no codes"
     assert "31 pixels a side" in result["missing"]["lpips"]
