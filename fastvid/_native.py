@@ -59,6 +59,9 @@ SIGNATURES = {
         # a NormCall, a NormGradCall of kernels/spectral_norm/cpu.h
         "fastvid_spectral_norm": (INT, (POINTER,)),
         "fastvid_spectral_norm_backward": (INT, (POINTER,)),
+        # a GruCall, a GruGradCall of kernels/conv_gru/cpu.h
+        "fastvid_conv_gru": (INT, (POINTER,)),
+        "fastvid_conv_gru_backward": (INT, (POINTER,)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

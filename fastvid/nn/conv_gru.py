@@ -47,7 +47,7 @@ class ConvGRU(nn.Module):
         x:       [B, Cin, T, H, W]; with `steps`, [B, Cin, 1, H, W], the same at every one of so many frames.
         hidden:  [B, C, H, W], the state before the first frame; None for zeros.
         Returns: [B, C, T or steps, H, W], channels last in memory.
-        Raises:  ValueError if shapes disagree.
+        Raises:  ValueError if shapes disagree, or a frame is empty.
         """
         self._check(x, hidden, steps)
         to_gates, weight_gates, weight_candidate = self._weights()
@@ -70,15 +70,18 @@ class ConvGRU(nn.Module):
     def _from_input(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the input adds to the gates, in one convolution. [B, Cin, T, H, W] -> [B, T, H, W, 3C]."""
         bias = None if self.reset.bias is None else torch.cat([conv.bias for conv in self._convs()])
-        images = x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)  # [B * T, Cin, H, W], channels last in memory if x is
-        gates = F.conv2d(images, weight, bias, padding=self.kernel_size // 2)
-        return gates.movedim(1, -1).unflatten(0, (x.shape[0], x.shape[2]))
+        images = x.movedim(1, -1).flatten(0, 1)  # [B * T, H, W, Cin]
+        if self.kernel_size == 3:
+            gates = ops.image_conv(images, weight, bias)
+        else:
+            gates = F.conv2d(images.movedim(-1, 1), weight, bias, padding=self.kernel_size // 2).movedim(1, -1)
+        return gates.unflatten(0, (x.shape[0], x.shape[2]))
 
     def _convs(self) -> tuple[nn.Conv2d, ...]:
         return self.reset, self.update, self.candidate
 
     def _check(self, x: Tensor, hidden: Tensor | None, steps: int | None) -> None:
-        if x.ndim != 5 or x.shape[1] != self.in_channels or x.shape[2] < 1:
+        if x.ndim != 5 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
             raise ValueError(f"ConvGRU: `x` must be [B, {self.in_channels}, T, H, W], got {list(x.shape)}.")
         if steps is not None and (x.shape[2] != 1 or steps < 1):
             raise ValueError(

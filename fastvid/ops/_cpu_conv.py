@@ -90,7 +90,7 @@ def gated_causal_conv_backward(
         back, start = [-offset for offset in taps], [-at for at in origin]
         _convolve(grad, weight.transpose(1, 2), None, back, None, None, "none", start, grad_x, None)
     if of_weight:
-        _weight_gradient(x, grad, taps, origin, grad_weight)
+        weight_gradient(x, grad, taps, origin, grad_weight)
     return grad_x, grad_weight, grad_bias, grad if of_addend else x.new_empty(0)
 
 
@@ -128,7 +128,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, taps: list[int], a
     _check(_native.load("cpu").fastvid_gated_causal_conv(call))
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, taps: list[int], origin: list[int], grad_weight: Tensor) -> None:
+def weight_gradient(x: Tensor, grad: Tensor, taps: list[int], origin: list[int], grad_weight: Tensor) -> None:
+    """The weight's gradient into grad_weight [taps, Cin, Cout], dense, from x [B, T, H, W, Cin] and grad [.., Cout]."""
     offsets = array("i", taps)
     call = _WEIGHT_GRAD_CALL.pack(
         *_view(x), *_view(grad), grad_weight.data_ptr(), TYPES[grad_weight.dtype],

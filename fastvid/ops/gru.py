@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvid.kernels.conv_gru import reference
 from fastvid.kernels.conv_gru.reference import ACTIVATIONS
+from fastvid.ops import _cpu_gru
 from fastvid.ops._autocast import autocast
 from fastvid.ops._op import Backend, never, op
 
@@ -46,7 +47,10 @@ def _fake_backward(
     "(Tensor? grad_states, Tensor? grad_kept, Tensor? hidden, Tensor weight_gates, Tensor weight_candidate,"
     " Tensor states, Tensor kept, SymInt frames, str activation, bool[] wanted)"
     " -> (Tensor grad_gates, Tensor grad_hidden, Tensor grad_weight_gates, Tensor grad_weight_candidate)",
-    backends=[Backend("reference", reference.conv_gru_backward, never)],
+    backends=[
+        Backend("cpu", _cpu_gru.conv_gru_backward, _cpu_gru.why_not_backward),
+        Backend("reference", reference.conv_gru_backward, never),
+    ],
     fake=_fake_backward,
     result=ConvGRUGradients,
 )
@@ -98,7 +102,10 @@ def _backward(ctx, grad_states: Tensor | None, grad_kept: Tensor | None):
 @op(
     "(Tensor gates, Tensor? hidden, Tensor weight_gates, Tensor weight_candidate, SymInt steps, str activation,"
     " bool keep) -> (Tensor states, Tensor kept)",
-    backends=[Backend("reference", reference.conv_gru, never)],
+    backends=[
+        Backend("cpu", _cpu_gru.conv_gru, _cpu_gru.why_not),
+        Backend("reference", reference.conv_gru, never),
+    ],
     fake=_fake,
     result=ConvGRUStates,
     backward=_backward,

@@ -4,6 +4,7 @@
 
 #include "axial_attention/cpu.h"
 #include "common/pool.h"
+#include "conv_gru/cpu.h"
 #include "gated_causal_conv/cpu.h"
 #include "image_conv/cpu.h"
 #include "nearest_codebook/cpu.h"
@@ -32,6 +33,8 @@ struct Level {
     fastvid::Outcome (*image_conv)(const fastvid::ImageCall&);
     fastvid::Outcome (*spectral_norm)(const fastvid::NormCall&);
     fastvid::Outcome (*spectral_norm_backward)(const fastvid::NormGradCall&);
+    fastvid::Outcome (*conv_gru)(const fastvid::GruCall&);
+    fastvid::Outcome (*conv_gru_backward)(const fastvid::GruGradCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
@@ -39,8 +42,8 @@ struct Level {
      fastvid::level::sampler_start, fastvid::level::sampler_row, fastvid::level::sampler_frame,                  \
      fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
      fastvid::level::weight_gradient, fastvid::level::axial_attention, fastvid::level::axial_attention_backward,  \
-     fastvid::level::axial_self_attention, fastvid::level::image_conv, fastvid::level::spectral_norm,            \
-     fastvid::level::spectral_norm_backward}
+     fastvid::level::axial_self_attention, fastvid::level::image_conv, fastvid::level::spectral_norm,             \
+     fastvid::level::spectral_norm_backward, fastvid::level::conv_gru, fastvid::level::conv_gru_backward}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -173,4 +176,11 @@ FASTVID_API int fastvid_spectral_norm(const fastvid::NormCall* call) { return ch
 
 FASTVID_API int fastvid_spectral_norm_backward(const fastvid::NormGradCall* call) {
     return chosen.load()->spectral_norm_backward(*call);
+}
+
+// See conv_gru/cpu.h for the two calls.
+FASTVID_API int fastvid_conv_gru(const fastvid::GruCall* call) { return chosen.load()->conv_gru(*call); }
+
+FASTVID_API int fastvid_conv_gru_backward(const fastvid::GruGradCall* call) {
+    return chosen.load()->conv_gru_backward(*call);
 }
