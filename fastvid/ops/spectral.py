@@ -8,7 +8,9 @@ from torch import Tensor
 
 from fastvid.kernels.spectral_norm import reference
 from fastvid.ops import _cpu_spectral
-from fastvid.ops._op import Backend, never, op
+from fastvid.ops._op import Backend, lazy, never, op, triton
+
+TRITON = "spectral_norm.triton_gpu"
 
 
 class SpectralNormed(NamedTuple):
@@ -33,6 +35,7 @@ def _fake_backward(grads, weights, u, v, sigma, dims) -> tuple[list[Tensor]]:
 @op(
     "(Tensor[] grads, Tensor[] weights, Tensor[] u, Tensor[] v, Tensor sigma, int[] dims) -> Tensor[] grad_weights",
     backends=[
+        triton(lazy(TRITON, "spectral_norm_backward"), lazy(TRITON, "why_not_backward")),
         Backend("cpu", _cpu_spectral.spectral_norm_backward, _cpu_spectral.why_not_backward),
         Backend("reference", reference.spectral_norm_backward, never),
     ],
@@ -89,6 +92,7 @@ def _backward(ctx, grads: list[Tensor | None], *_):
     "(Tensor[] weights, Tensor[] u, Tensor[] v, int iterations, float eps, int[] dims)"
     " -> (Tensor[] out, Tensor[] u, Tensor[] v, Tensor sigma)",
     backends=[
+        triton(lazy(TRITON, "spectral_norm"), lazy(TRITON, "why_not")),
         Backend("cpu", _cpu_spectral.spectral_norm, _cpu_spectral.why_not),
         Backend("reference", reference.spectral_norm, never),
     ],

@@ -70,7 +70,6 @@ ALL = [
     Case("long-rows", ((6, 4611), (130, 700))),
     Case("discriminator", ((32, 3, 3, 3, 3), (32, 3, 1, 1), (64, 32, 3, 3), (64, 64, 3, 3), (10, 64), (1, 64))),
 ]
-EMPTY = Case("empty", ())
 LARGE = [  # for a GPU: the widest layers of DVD-GAN
     Case("paper-gates", ((2048, 2048, 3, 3), (1024, 1024, 3, 3), (1024, 512, 3, 3))),
 ]
@@ -121,11 +120,11 @@ def _flat(outputs: tuple) -> tuple[Tensor, ...]:
 
 SUBJECTS = [
     Subject(
-        "spectral_norm", ALL, EMPTY, drawn, Case.make, judge, dtypes=(torch.float32, torch.bfloat16),
+        "spectral_norm", ALL, None, drawn, Case.make, judge, dtypes=(torch.float32, torch.bfloat16),
         call=lambda op, args: _flat(op(*args)),
     ),
     Subject(
-        "spectral_norm_backward", ALL, EMPTY, drawn, Case.make_backward, judge_backward,
+        "spectral_norm_backward", ALL, None, drawn, Case.make_backward, judge_backward,
         dtypes=(torch.float32, torch.bfloat16), call=lambda op, args: _flat((op(*args),)),
     ),
 ]  # fmt: skip

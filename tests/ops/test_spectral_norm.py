@@ -131,3 +131,8 @@ def test_half_weights_are_summed_in_float32():
     exact = [reference.spectral_norm([w.double()], [a.double()], [b.double()], 1, eps, [d])[3][0]
              for w, a, b, d in zip(weights, u, v, dims, strict=True)]  # fmt: skip
     torch.testing.assert_close(sigma.double(), torch.stack(exact), rtol=1e-5, atol=0)
+
+
+def test_no_weights():
+    assert ops.spectral_norm([], [], []).out == []
+    assert ops.spectral_norm_backward([], [], [], [], torch.empty(0), []) == []
