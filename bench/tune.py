@@ -27,6 +27,7 @@ from vq_peers import Step
 PRECISIONS = ("exact", "bf16")  # one for each kind of kernel
 LEAST_WORK = 1 << 24  # products; below, a call is over before a configuration can matter
 WARM_UP, RUNS = 3, 15
+SCANNED = 4  # frames of a scan
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -145,6 +146,35 @@ class AttentionJob:
         near_enough(default, result, max(n, m) * (boxes if self.kind == "bias" else 1))
 
 
+@dataclass(frozen=True)
+class ScanJob:
+    """One bucket of the convolutional GRU, timed over a few frames: its config serves both directions; see Job."""
+
+    key: str
+    case: Any
+    dtype: torch.dtype
+
+    @property
+    def work(self) -> int:
+        return self.case.work
+
+    def make(self, device: str) -> tuple:
+        """Positional arguments of the room's launcher; the first frame has no state before it and is no measure."""
+        gates, hidden, *weights, steps, activation, keep = self.case.make(device, self.dtype)
+        steps = min(steps, SCANNED)
+        return gates[:, :steps], hidden, *weights, steps, activation, keep
+
+    def configs(self, kernels: ModuleType, args: tuple) -> list[dict[str, int]]:
+        return kernels.tunable(args[0][..., : self.case.channels])
+
+    def run(self, kernels: ModuleType, args: tuple, config: dict[str, int]) -> tuple[Tensor, ...]:
+        return kernels.conv_gru(*args, config)
+
+    def judge(self, default: tuple[Tensor, ...], result: tuple[Tensor, ...], args: tuple) -> None:
+        """Sums of the same products in different orders, frame upon frame."""
+        near_enough(default, result, args[4] * args[2][0].numel())
+
+
 def near_enough(default: tuple[Tensor, ...], result: tuple[Tensor, ...], terms: int) -> None:
     """Raise GateError unless both are sums of the same `terms` products, each rounded to its dtype."""
     for one, other in zip(default, result, strict=True):
@@ -209,7 +239,18 @@ def attention_jobs(cases: ModuleType, kernels: ModuleType) -> list[AttentionJob]
     return largest(jobs)
 
 
-ROOMS = {"nearest_codebook": jobs_of, "gated_causal_conv": conv_jobs, "axial_attention": attention_jobs}
+def scan_jobs(cases: ModuleType, kernels: ModuleType) -> list[ScanJob]:
+    """What to tune for the convolutional GRU, most work first."""
+    jobs = []
+    for case in [*cases.ALL, *cases.LARGE]:
+        B, _, H, W = case.grid
+        for dtype in (torch.bfloat16, torch.float32):
+            jobs.append(ScanJob(kernels.bucket(dtype, B * H * W, case.channels), case, dtype))
+    return largest(jobs)
+
+
+ROOMS = {"nearest_codebook": jobs_of, "gated_causal_conv": conv_jobs, "axial_attention": attention_jobs,
+         "conv_gru": scan_jobs}  # fmt: skip
 
 
 def largest(jobs: list[Any]) -> list[Any]:

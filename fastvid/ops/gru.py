@@ -10,7 +10,9 @@ from fastvid.kernels.conv_gru import reference
 from fastvid.kernels.conv_gru.reference import ACTIVATIONS
 from fastvid.ops import _cpu_gru
 from fastvid.ops._autocast import autocast
-from fastvid.ops._op import Backend, never, op
+from fastvid.ops._op import Backend, lazy, never, op, triton
+
+TRITON = "conv_gru.triton_gpu"
 
 
 class ConvGRUStates(NamedTuple):
@@ -48,6 +50,7 @@ def _fake_backward(
     " Tensor states, Tensor kept, SymInt frames, str activation, bool[] wanted)"
     " -> (Tensor grad_gates, Tensor grad_hidden, Tensor grad_weight_gates, Tensor grad_weight_candidate)",
     backends=[
+        triton(lazy(TRITON, "conv_gru_backward"), lazy(TRITON, "why_not_backward")),
         Backend("cpu", _cpu_gru.conv_gru_backward, _cpu_gru.why_not_backward),
         Backend("reference", reference.conv_gru_backward, never),
     ],
@@ -103,6 +106,7 @@ def _backward(ctx, grad_states: Tensor | None, grad_kept: Tensor | None):
     "(Tensor gates, Tensor? hidden, Tensor weight_gates, Tensor weight_candidate, SymInt steps, str activation,"
     " bool keep) -> (Tensor states, Tensor kept)",
     backends=[
+        triton(lazy(TRITON, "conv_gru"), lazy(TRITON, "why_not")),
         Backend("cpu", _cpu_gru.conv_gru, _cpu_gru.why_not),
         Backend("reference", reference.conv_gru, never),
     ],

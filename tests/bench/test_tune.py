@@ -226,6 +226,39 @@ def test_the_room_of_attention_has_what_tuning_needs():
         assert found[job.kind, job.key], job
 
 
+def test_the_room_of_the_scan_has_what_tuning_needs():
+    pytest.importorskip("triton", reason="needs triton: pip install triton")
+    from fastvid.kernels.conv_gru import cases as scan_cases
+    from fastvid.kernels.conv_gru import triton_gpu
+
+    jobs = tune.scan_jobs(scan_cases, triton_gpu)
+    assert {job.case.name for job in jobs} >= {"paper-head", "paper-8", "paper-16", "paper-32"}
+    for job in jobs:
+        args = job.make("meta")
+        fits = job.configs(triton_gpu, args)
+        assert len(fits) > 1 and args[4] <= tune.SCANNED and args[0].shape[1] in (1, args[4]), job
+        positions = args[0].shape[0] * args[0].shape[2:4].numel()
+        assert triton_gpu.bucket(job.dtype, positions, job.case.channels) == job.key
+    assert triton_gpu.TUNED.name == "tuned.json"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scan_is_tuned(tmp_path, dtype):
+    from fastvid.kernels.conv_gru import cases as scan_cases
+    from fastvid.kernels.conv_gru import reference as scan_reference
+
+    def launch(*args):
+        calls.append(args[-1]["rows"])
+        return [result * 1.1 if args[-1]["rows"] == 64 else result for result in scan_reference.conv_gru(*args[:-1])]
+
+    calls, told = [], []
+    room = SimpleNamespace(TUNED=tmp_path / "tuned.json", calls=calls, tunable=lambda x: CONFIGS, conv_gru=launch)
+    job = tune.ScanJob("a", scan_cases.Case("small", (1, 5, 2, 3), 4, hidden=True), dtype)
+    timer = clock(room, {32: 3e-3, 64: 1e-9, 128: 2e-3})
+    assert tune.tune_room(room, [job], "GPU", "cpu", timer, told.append) == 1
+    assert json.loads(room.TUNED.read_text()) == {"GPU": {"a": {"rows": 128}}} and "roundings" in told[0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu():
     told = []
