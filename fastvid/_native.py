@@ -62,6 +62,9 @@ SIGNATURES = {
         # a GruCall, a GruGradCall of kernels/conv_gru/cpu.h
         "fastvid_conv_gru": (INT, (POINTER,)),
         "fastvid_conv_gru_backward": (INT, (POINTER,)),
+        # a FrameNormCall, a FrameNormGradCall of kernels/conditional_batch_norm/cpu.h
+        "fastvid_conditional_norm": (INT, (POINTER,)),
+        "fastvid_conditional_norm_backward": (INT, (POINTER,)),
     },
     "cuda": {
         "fastvid_abi_version": (INT, ()),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvid.kernels.conditional_batch_norm import reference
 from fastvid.kernels.conditional_batch_norm.reference import FrameMoments, Normed, NormGradients
+from fastvid.ops import _cpu_norm
 from fastvid.ops._op import Backend, lazy, never, op, triton
 
 TRITON = "conditional_batch_norm.triton_gpu"
@@ -42,6 +43,7 @@ def _moments_backward(ctx, grad_mean: Tensor, grad_var: Tensor):
     "(Tensor x) -> (Tensor mean, Tensor var)",
     backends=[
         triton(lazy(TRITON, "frame_moments"), lazy(TRITON, "why_not")),
+        Backend("cpu", _cpu_norm.frame_moments, _cpu_norm.why_not),
         Backend("reference", reference.frame_moments, never),
     ],
     fake=_fake_moments,
@@ -68,6 +70,7 @@ def frame_moments(x: Tensor) -> FrameMoments:
     " -> (Tensor grad_x, Tensor grad_mean, Tensor grad_var, Tensor grad_gain, Tensor grad_bias)",
     backends=[
         triton(lazy(TRITON, "conditional_norm_backward"), lazy(TRITON, "why_not")),
+        Backend("cpu", _cpu_norm.conditional_norm_backward, _cpu_norm.why_not_backward),
         Backend("reference", reference.conditional_norm_backward, never),
     ],
     fake=_fake_backward,
@@ -121,6 +124,7 @@ def _backward(ctx, grad_out: Tensor):
     " bool upsample=False) -> Tensor",
     backends=[
         triton(lazy(TRITON, "conditional_norm"), lazy(TRITON, "why_not")),
+        Backend("cpu", _cpu_norm.conditional_norm, _cpu_norm.why_not),
         Backend("reference", reference.conditional_norm, never),
     ],
     fake=lambda x, mean, var, gain, bias, eps, relu, upsample: (_fake_out(x, upsample),),
@@ -169,6 +173,7 @@ def _batch_backward(ctx, grad_out: Tensor, _mean, _var):
     " -> (Tensor out, Tensor mean, Tensor var)",
     backends=[
         triton(lazy(TRITON, "conditional_batch_norm"), lazy(TRITON, "why_not")),
+        Backend("cpu", _cpu_norm.conditional_batch_norm, _cpu_norm.why_not),
         Backend("reference", reference.conditional_batch_norm, never),
     ],
     fake=lambda x, gain, bias, eps, relu, upsample: (_fake_out(x, upsample), *_fake_moments(x)),

@@ -4,6 +4,7 @@
 
 #include "axial_attention/cpu.h"
 #include "common/pool.h"
+#include "conditional_batch_norm/cpu.h"
 #include "conv_gru/cpu.h"
 #include "gated_causal_conv/cpu.h"
 #include "image_conv/cpu.h"
@@ -35,6 +36,8 @@ struct Level {
     fastvid::Outcome (*spectral_norm_backward)(const fastvid::NormGradCall&);
     fastvid::Outcome (*conv_gru)(const fastvid::GruCall&);
     fastvid::Outcome (*conv_gru_backward)(const fastvid::GruGradCall&);
+    fastvid::Outcome (*conditional_norm)(const fastvid::FrameNormCall&);
+    fastvid::Outcome (*conditional_norm_backward)(const fastvid::FrameNormGradCall&);
 };
 
 #define FASTVID_LEVEL_ENTRIES(level)                                                                             \
@@ -43,7 +46,8 @@ struct Level {
      fastvid::level::gumbel_row, fastvid::level::gated_causal_conv, fastvid::level::gate_backward,               \
      fastvid::level::weight_gradient, fastvid::level::axial_attention, fastvid::level::axial_attention_backward,  \
      fastvid::level::axial_self_attention, fastvid::level::image_conv, fastvid::level::spectral_norm,             \
-     fastvid::level::spectral_norm_backward, fastvid::level::conv_gru, fastvid::level::conv_gru_backward}
+     fastvid::level::spectral_norm_backward, fastvid::level::conv_gru, fastvid::level::conv_gru_backward,         \
+     fastvid::level::conditional_norm, fastvid::level::conditional_norm_backward}
 
 // In rising order: levels[i] needs a processor of rank i or more. FASTVID_HAS_* come from CMakeLists.txt.
 const Level levels[] = {
@@ -183,4 +187,13 @@ FASTVID_API int fastvid_conv_gru(const fastvid::GruCall* call) { return chosen.l
 
 FASTVID_API int fastvid_conv_gru_backward(const fastvid::GruGradCall* call) {
     return chosen.load()->conv_gru_backward(*call);
+}
+
+// See conditional_batch_norm/cpu.h for the two calls.
+FASTVID_API int fastvid_conditional_norm(const fastvid::FrameNormCall* call) {
+    return chosen.load()->conditional_norm(*call);
+}
+
+FASTVID_API int fastvid_conditional_norm_backward(const fastvid::FrameNormGradCall* call) {
+    return chosen.load()->conditional_norm_backward(*call);
 }

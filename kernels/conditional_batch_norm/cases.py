@@ -104,7 +104,7 @@ def drawn(random: Random) -> Case:
 def judge_moments(args: tuple, result: tuple[Tensor, Tensor]) -> None:
     """Raise AssertionError unless both are as near to the float64 answer as plain torch's of the same dtype."""
     exact, peer = reference.frame_moments(args[0].double()), reference.frame_moments(args[0])
-    _judge_each(("mean", "var"), result, exact, peer)
+    _judge_each(("mean", "var"), result, exact, peer, mean=_size_of_terms(args[0]))
 
 
 def judge(args: tuple, result: Tensor) -> None:
@@ -116,23 +116,32 @@ def judge(args: tuple, result: Tensor) -> None:
 def judge_batch(args: tuple, result: tuple[Tensor, ...]) -> None:
     """The same with x's own moments."""
     exact, peer = reference.conditional_batch_norm(*_exactly(args)), reference.conditional_batch_norm(*args)
-    _judge_each(reference.Normed._fields, result, exact, peer)
+    _judge_each(reference.Normed._fields, result, exact, peer, mean=_size_of_terms(args[0]))
 
 
 def judge_backward(args: tuple, result: tuple[Tensor, ...]) -> None:
     """The same of the gradients."""
-    exact, peer = reference.conditional_norm_backward(*_exactly(args)), reference.conditional_norm_backward(*args)
-    _judge_each(reference.NormGradients._fields, result, exact, peer)
+    exactly = _exactly(args)
+    exact, peer = reference.conditional_norm_backward(*exactly), reference.conditional_norm_backward(*args)
+    # what goes through the moments takes away from what does not
+    direct = reference.conditional_norm_backward(*exactly[:-2], False, exactly[-1]).grad_x
+    largest = float(direct.abs().max()) if direct.numel() else 0.0
+    _judge_each(reference.NormGradients._fields, result, exact, peer, grad_x=largest)
 
 
 def _exactly(args: tuple) -> tuple:
     return tuple(arg.double() if isinstance(arg, Tensor) else arg for arg in args)
 
 
-def _judge_each(names: tuple[str, ...], result: tuple, exact: tuple, peer: tuple) -> None:
+def _size_of_terms(x: Tensor) -> float | None:
+    """Of what a mean is the sum of, positive and negative."""
+    return float(x.double().abs().mean(dim=(0, 2, 3)).max()) if x.numel() else None
+
+
+def _judge_each(names: tuple[str, ...], result: tuple, exact: tuple, peer: tuple, **largest: float | None) -> None:
     for name, ours, true, same in zip(names, result, exact, peer, strict=True):
         try:
-            assert_within_yardstick(ours, true, same)
+            assert_within_yardstick(ours, true, same, largest=largest.get(name))
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
 
