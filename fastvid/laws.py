@@ -25,8 +25,8 @@ ROOMS = (
 INTERPRETED = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000}
 INTERPRETED_LESS = {
     "nearest_codebook": {"shapes": 60},
-    "spectral_norm": {"repeats": 1, "shapes": 25, "work": 200_000, "drawn_work": 60_000},
-    "spectral_norm_backward": {"repeats": 1, "shapes": 25, "work": 200_000, "drawn_work": 60_000},
+    "spectral_norm": {"repeats": 1, "shapes": 12, "work": 20_000, "drawn_work": 60_000},
+    "spectral_norm_backward": {"repeats": 1, "shapes": 12, "work": 20_000, "drawn_work": 60_000},
     "pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000},
     "axial_attention": {"repeats": 1, "shapes": 40, "work": 300_000, "drawn_work": 40_000},
     "axial_attention_backward": {"repeats": 1, "shapes": 25, "work": 150_000, "drawn_work": 30_000},
