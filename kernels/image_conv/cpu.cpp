@@ -10,104 +10,99 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-// What one thread needs.
-struct Scratch {
-    float* tiles;        // [POINTS][block][width], point_step apart
-    const float** rows;  // [POINTS][block]: of the tiles
-    float* sums;         // [group][POINTS][block][PANEL], the points panel_step apart
-    int64_t block = -1;  // whose tiles these are
-
-    void cut(Cutter& cutter, const Plan& plan) {
-        tiles = cutter.cut<float>(POINTS * plan.point_step);
-        rows = cutter.cut<const float*>(POINTS * plan.block);
-        sums = cutter.cut<float>(plan.group * POINTS * plan.panel_step);
-    }
-};
-
-// The channels of the 16 positions that a tile reads.
-void find_positions(const Plan& plan, const Tile& tile, const float** d) {
+// The channels of the 16 positions that a tile reads; y, x: of its first output.
+void find_positions(const Plan& plan, const float* image, int64_t y, int64_t x, const float** d) {
     const ImageCall& call = plan.call;
-    const float* image = call.x + tile.n * call.x_strides[0];
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j) {
-            const int64_t y = tile.y + i - 1, x = tile.x + j - 1;
-            const bool inside = y >= 0 && y < call.H && x >= 0 && x < call.W;
-            d[4 * i + j] = inside ? image + y * call.x_strides[1] + x * call.x_strides[2] : plan.zeros;
+            const int64_t down = y + i - 1, along = x + j - 1;
+            const bool inside = down >= 0 && down < call.H && along >= 0 && along < call.W;
+            d[4 * i + j] = inside ? image + down * call.x_strides[1] + along * call.x_strides[2] : plan.zeros;
         }
 }
 
+// Where the tiles of a block write, and what they read in its transformed form.
 void transform_block(const Plan& plan, Scratch& scratch, int64_t block, int64_t count) {
     if (scratch.block == block) return;
     scratch.block = block;
+    const ImageCall& call = plan.call;
+    const int64_t* strides = call.residual_strides;
     for (int64_t i = 0; i < count; ++i) {
+        const int64_t tile = block * plan.block + i, line = tile / plan.columns, n = line / plan.rows;
+        const int64_t x = tile % plan.columns * 2, y = line % plan.rows * 2;
+        scratch.places[i] = {((n * call.H + y) * call.W + x) * call.Cout,
+                             n * strides[0] + y * strides[1] + x * strides[2], y + 1 < call.H, x + 1 < call.W};
         const float* d[POINTS];
-        find_positions(plan, Tile(plan, block * plan.block + i), d);
-        transform_tile(d, plan.call.Cin, scratch.tiles + i * plan.width, plan.point_step);
+        find_positions(plan, call.x + n * call.x_strides[0], y, x, d);
+        transform_tile(d, call.Cin, scratch.tiles + i * plan.width, plan.point_step);
     }
 }
 
-// From a panel's products to one tile's outputs, of which `count` channels exist.
-void finish_tile(const Plan& plan, const Tile& tile, int64_t channel, int64_t count, const float* sums,
-                 const float* bias) {
+// LANES channels from some channel on, of which `lanes` exist, of one output and what joins it.
+inline void finish(Floats value, int64_t lanes, const float* joins, float* to) {
+    if (lanes == LANES) return store(to, joins ? value + load<Floats>(joins) : value);
+    float all[LANES];
+    store(all, value);
+    for (int64_t lane = 0; lane < lanes; ++lane) to[lane] = joins ? all[lane] + joins[lane] : all[lane];
+}
+
+// From a panel's products, [POINTS][block][PANEL], to the outputs of `count` tiles.
+void finish_panel(const Plan& plan, const Place* places, int64_t count, int64_t panel, const float* sums) {
     const ImageCall& call = plan.call;
-    for (int64_t half = 0; half < count; half += LANES) {
-        Floats out[2][2];
-        transform_output(sums + half, plan.panel_step, out);
-        const int64_t lanes = at_most(count - half, LANES);
-        for (int i = 0; i < 2 && tile.y + i < call.H; ++i)
-            for (int j = 0; j < 2 && tile.x + j < call.W; ++j) {
-                const int64_t y = tile.y + i, x = tile.x + j, c = channel + half;
-                float* to = call.out + ((tile.n * call.H + y) * call.W + x) * call.Cout + c;
-                const int64_t* strides = call.residual_strides;
-                const float* joins = call.residual + tile.n * strides[0] + y * strides[1] + x * strides[2] + c;
-                Floats value = out[i][j] + load<Floats>(bias + half);
-                if (lanes == LANES) {
-                    store(to, call.residual ? value + load<Floats>(joins) : value);
-                    continue;
-                }
-                for (int64_t lane = 0; lane < lanes; ++lane)
-                    to[lane] = call.residual ? value[lane] + joins[lane] : value[lane];
-            }
+    const int64_t below = call.W * call.Cout, beside = call.Cout;
+    const int64_t* strides = call.residual_strides;
+    for (int64_t half = 0; half < PANEL; half += LANES) {
+        const int64_t channel = panel * PANEL + half, lanes = at_most(call.Cout - channel, LANES);
+        if (lanes <= 0) return;
+        const Floats bias = load<Floats>(plan.bias + channel);
+        for (int64_t i = 0; i < count; ++i) {
+            const Place& place = places[i];
+            float* to = call.out + place.out + channel;
+            const float* joins = call.residual ? call.residual + place.residual + channel : nullptr;
+            Floats out[2][2];
+            transform_output(sums + i * PANEL + half, plan.panel_step, out);
+            finish(out[0][0] + bias, lanes, joins, to);
+            if (place.two_columns)
+                finish(out[0][1] + bias, lanes, joins ? joins + strides[2] : joins, to + beside);
+            if (!place.two_rows) continue;
+            joins = joins ? joins + strides[1] : joins;
+            finish(out[1][0] + bias, lanes, joins, to + below);
+            if (place.two_columns)
+                finish(out[1][1] + bias, lanes, joins ? joins + strides[2] : joins, to + below + beside);
+        }
     }
 }
 
 // The panels [first, last), a group at most, of a block of `count` tiles.
-void multiply_group(const Plan& plan, Scratch& scratch, int64_t block, int64_t count, int64_t first, int64_t last) {
+void multiply_group(const Plan& plan, Scratch& scratch, int64_t count, int64_t first, int64_t last) {
     const int64_t Cin = plan.call.Cin;
     for (int64_t point = 0; point < POINTS; ++point)
         for (int64_t panel = first; panel < last; ++panel)
             multiply_panel(scratch.rows + point * plan.block, count, Cin,
-                           plan.packed + (panel * POINTS + point) * Cin * PANEL,
+                           plan.packed_panel(panel) + point * plan.packed_step,
                            scratch.sums + ((panel - first) * POINTS + point) * plan.panel_step, PANEL);
     for (int64_t panel = first; panel < last; ++panel)
-        for (int64_t i = 0; i < count; ++i)
-            finish_tile(plan, Tile(plan, block * plan.block + i), panel * PANEL,
-                        at_most(plan.call.Cout - panel * PANEL, PANEL),
-                        scratch.sums + (panel - first) * POINTS * plan.panel_step + i * PANEL,
-                        plan.bias + panel * PANEL);
+        finish_panel(plan, scratch.places, count, panel,
+                     scratch.sums + (panel - first) * POINTS * plan.panel_step);
 }
 
 void multiply_pieces(void* context) {
     Plan& plan = *(Plan*)context;
-    Scratch scratch;
-    Cutter sizes;
-    scratch.cut(sizes, plan);
-    Memory memory;
-    if (!memory.take(sizes.used)) return;  // the others do its share
-    Cutter cutter{(char*)memory.block};
-    scratch.cut(cutter, plan);
+    Scratch scratch = plan.scratch(__atomic_fetch_add(&plan.next_scratch, 1, __ATOMIC_RELAXED));
     for (int64_t i = 0; i < POINTS * plan.block; ++i)
         scratch.rows[i] = scratch.tiles + i / plan.block * plan.point_step + i % plan.block * plan.width;
     const int64_t pieces = plan.blocks * plan.pieces_of_block;
+    const int64_t slice = plan.last_panel - plan.first_panel, groups = divide_up(slice, plan.group);
     for (;;) {
         const int64_t piece = __atomic_fetch_add(&plan.next_piece, 1, __ATOMIC_RELAXED);
         if (piece >= pieces) return;
         const int64_t block = piece / plan.pieces_of_block, part = piece % plan.pieces_of_block;
         const int64_t count = at_most(plan.tiles - block * plan.block, plan.block);
         transform_block(plan, scratch, block, count);
-        const int64_t end = at_most((part + 1) * plan.groups / plan.pieces_of_block * plan.group, plan.panels);
-        for (int64_t panel = part * plan.groups / plan.pieces_of_block * plan.group; panel < end; panel += plan.group)
-            multiply_group(plan, scratch, block, count, panel, at_most(panel + plan.group, end));
+        const int64_t end = at_most((part + 1) * groups / plan.pieces_of_block * plan.group, slice);
+        for (int64_t i = part * groups / plan.pieces_of_block * plan.group; i < end; i += plan.group)
+            multiply_group(plan, scratch, count, plan.first_panel + i,
+                           plan.first_panel + at_most(i + plan.group, end));
     }
 }
 
@@ -116,11 +111,10 @@ void pack(void* context) {
     const ImageCall& call = plan.call;
     for (;;) {
         const int64_t i = __atomic_fetch_add(&plan.next_part, 1, __ATOMIC_RELAXED);
-        if (i >= plan.panels * plan.parts) return;
-        const int64_t panel = i / plan.parts, begin = i % plan.parts * PIECE_ROWS;
+        const int64_t panel = plan.first_panel + i / plan.parts, begin = i % plan.parts * PIECE_ROWS;
+        if (panel >= plan.last_panel) return;
         pack_weights(call.weight, call.weight_strides, panel * PANEL, at_most(call.Cout - panel * PANEL, PANEL), begin,
-                     at_most(begin + PIECE_ROWS, call.Cin), call.Cin,
-                     plan.packed + panel * POINTS * call.Cin * PANEL);
+                     at_most(begin + PIECE_ROWS, call.Cin), plan.packed_step, plan.packed_panel(panel));
     }
 }
 
@@ -138,13 +132,17 @@ Outcome image_conv(const ImageCall& call) {
     Cutter cutter{(char*)memory.block};
     plan.cut(cutter);
     expect_to_fill(memory.block, sizes.used);
+    expect_to_fill(call.out, (size_t)(call.N * call.H * call.W * call.Cout) * sizeof(float));
     __builtin_memset(plan.zeros, 0, (size_t)plan.width * sizeof(float));
     for (int64_t i = 0; i < plan.panels * PANEL; ++i) plan.bias[i] = call.bias && i < call.Cout ? call.bias[i] : 0;
-    run_together(plan.threads, pack, &plan);
-    const int64_t pieces = plan.blocks * plan.pieces_of_block;
-    run_together((int)at_most(pieces, plan.threads), multiply_pieces, &plan);
-    // no piece is left unless every thread went without memory
-    return plan.next_piece < pieces ? NO_MEMORY : DONE;
+    for (int64_t first = 0; first < plan.panels; first += plan.slice) {
+        plan.first_panel = first;
+        plan.last_panel = at_most(first + plan.slice, plan.panels);
+        plan.next_part = plan.next_piece = plan.next_scratch = 0;
+        run_together(plan.threads, pack, &plan);
+        run_together((int)at_most(plan.blocks * plan.pieces_of_block, plan.threads), multiply_pieces, &plan);
+    }
+    return DONE;
 }
 
 }  // namespace fastvid::FASTVID_LEVEL

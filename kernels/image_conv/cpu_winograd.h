@@ -78,25 +78,48 @@ inline void transform_output(const float* m, int64_t step, Floats (&out)[2][2]) 
     out[1][0] = below[0] + (below[1] + below[2]), out[1][1] = (below[1] - below[2]) - below[3];
 }
 
-constexpr int64_t PACKED_AT_ONCE = 8;  // rows of a panel whose weights are gathered before they are transformed
+// Four rows of `count` elements, `stride` apart, as columns: to[i * PANEL + row].
+inline void turn(const float* rows, int64_t stride, int64_t count, float* to) {
+    typedef float Four __attribute__((vector_size(16)));
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        const Four a = load<Four>(rows + i), b = load<Four>(rows + stride + i);
+        const Four c = load<Four>(rows + 2 * stride + i), d = load<Four>(rows + 3 * stride + i);
+        const Four ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
+        const Four ba = {a[2], b[2], a[3], b[3]}, dc = {c[2], d[2], c[3], d[3]};
+        store(to + i * PANEL, Four{ab[0], ab[1], cd[0], cd[1]});
+        store(to + (i + 1) * PANEL, Four{ab[2], ab[3], cd[2], cd[3]});
+        store(to + (i + 2) * PANEL, Four{ba[0], ba[1], dc[0], dc[1]});
+        store(to + (i + 3) * PANEL, Four{ba[2], ba[3], dc[2], dc[3]});
+    }
+    for (; i < count; ++i)
+        for (int row = 0; row < 4; ++row) to[i * PANEL + row] = rows[row * stride + i];
+}
 
-// A panel of transformed weights, [POINTS][Cin][PANEL]: columns [column, column + count) of all Cout, rows [begin, end).
-// strides: Cout, Cin, rows and columns of the kernel, in elements, of any sign. Columns from `count` on are zero.
+constexpr int64_t PACKED_AT_ONCE = 16;  // rows of a panel whose weights are gathered before they are transformed
+
+// A panel of transformed weights, [POINTS][Cin][PANEL] with the points `step` apart: columns [column, column + count)
+// of all Cout, rows [begin, end). strides: Cout, Cin, rows and columns of the kernel, in elements, of any sign. Columns
+// from `count` on are zero.
 inline void pack_weights(const float* weight, const int64_t (&strides)[4], int64_t column, int64_t count, int64_t begin,
-                         int64_t end, int64_t Cin, float* to) {
-    float gathered[PACKED_AT_ONCE][9][PANEL];
+                         int64_t end, int64_t step, float* to) {
+    float gathered[PACKED_AT_ONCE * 9][PANEL];
     if (count < PANEL) __builtin_memset(gathered, 0, sizeof gathered);
+    const bool dense = strides[1] == 9 && strides[2] == 3 && strides[3] == 1;
     for (int64_t k = begin; k < end; k += PACKED_AT_ONCE) {
         const int64_t rows = end - k < PACKED_AT_ONCE ? end - k : PACKED_AT_ONCE;
-        for (int64_t lane = 0; lane < count; ++lane)
-            for (int64_t r = 0; r < rows; ++r) {
-                const float* g = weight + (column + lane) * strides[0] + (k + r) * strides[1];
-                for (int i = 0; i < 3; ++i)
-                    for (int j = 0; j < 3; ++j) gathered[r][3 * i + j][lane] = g[i * strides[2] + j * strides[3]];
-            }
+        const float* start = weight + column * strides[0] + k * strides[1];
+        int64_t done = 0;  // lanes
+        for (; done + 4 <= count && dense; done += 4)
+            turn(start + done * strides[0], strides[0], 9 * rows, gathered[0] + done);
+        for (int64_t lane = done; lane < count; ++lane) {
+            const float* g = start + lane * strides[0];
+            for (int64_t r = 0; r < rows; ++r, g += strides[1])
+                for (int i = 0; i < 9; ++i) gathered[9 * r + i][lane] = g[i / 3 * strides[2] + i % 3 * strides[3]];
+        }
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t half = 0; half < PANEL; half += LANES)
-                transform_weight(gathered[r][0] + half, PANEL, to + (k + r) * PANEL + half, Cin * PANEL);
+                transform_weight(gathered[9 * r] + half, PANEL, to + (k + r) * PANEL + half, step);
     }
 }
 
