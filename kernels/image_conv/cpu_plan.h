@@ -8,7 +8,7 @@
 namespace fastvid::FASTVID_LEVEL {
 namespace {
 
-constexpr int64_t SLAB_FLOATS = 96 << 10;           // of transformed tiles, all points: a part of the L2 cache
+constexpr int64_t SLAB_FLOATS = 48 << 10;           // of transformed tiles, all points: a part of the L2 cache
 constexpr int64_t LEAST_BLOCK = 48, MOST_BLOCK = 96;  // tiles that a fetched weight serves
 constexpr int64_t SLICE_FLOATS = 2 << 20;           // of packed weights at a time: a part of the last cache
 constexpr int64_t MOST_GROUP = 4;                   // panels that pass over a block point by point
