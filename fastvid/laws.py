@@ -25,18 +25,18 @@ ROOMS = (
 INTERPRETED = {"repeats": 2, "work": 1_000_000, "drawn_work": 5_000}
 INTERPRETED_LESS = {
     "nearest_codebook": {"shapes": 60},
-    "spectral_norm": {"repeats": 1, "shapes": 12, "work": 20_000, "drawn_work": 60_000},
-    "spectral_norm_backward": {"repeats": 1, "shapes": 12, "work": 20_000, "drawn_work": 60_000},
+    "spectral_norm": {"repeats": 1, "shapes": 8, "work": 10_000, "drawn_work": 30_000},
+    "spectral_norm_backward": {"repeats": 1, "shapes": 8, "work": 10_000, "drawn_work": 30_000},
     "pixelcnn_sample": {"repeats": 1, "shapes": 10, "work": 2_100, "drawn_work": 1_000},
     "axial_attention": {"repeats": 1, "shapes": 40, "work": 300_000, "drawn_work": 40_000},
     "axial_attention_backward": {"repeats": 1, "shapes": 25, "work": 150_000, "drawn_work": 30_000},
     "conv_gru": {"repeats": 1, "shapes": 5, "work": 3_000, "drawn_work": 10_000},
     "conv_gru_backward": {"repeats": 1, "shapes": 4, "work": 3_000, "drawn_work": 10_000},
     "gated_causal_conv": {"shapes": 80, "work": 400_000, "drawn_work": 200_000},
-    "frame_moments": {"repeats": 1, "shapes": 15, "work": 20_000, "drawn_work": 10_000},
-    "conditional_norm": {"repeats": 1, "shapes": 12, "work": 20_000, "drawn_work": 4_000},
-    "conditional_batch_norm": {"repeats": 1, "shapes": 6, "work": 10_000, "drawn_work": 4_000},
-    "conditional_norm_backward": {"repeats": 1, "shapes": 10, "work": 15_000, "drawn_work": 3_000},
+    "frame_moments": {"repeats": 1, "shapes": 8, "work": 10_000, "drawn_work": 5_000},
+    "conditional_norm": {"repeats": 1, "shapes": 8, "work": 10_000, "drawn_work": 2_500},
+    "conditional_batch_norm": {"repeats": 1, "shapes": 5, "work": 7_000, "drawn_work": 2_500},
+    "conditional_norm_backward": {"repeats": 1, "shapes": 6, "work": 7_000, "drawn_work": 2_000},
     "gated_causal_conv_backward": {"repeats": 1, "shapes": 30, "work": 150_000, "drawn_work": 60_000},
 }
 

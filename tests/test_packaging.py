@@ -52,17 +52,56 @@ def test_every_third_party_import_is_declared():
     declared = {name_of(requirement) for group in groups for requirement in group} | {"tomli"}  # comes with pytest
     files = [path for folder in ("fastvid", "kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
     ours = {"fastvid", *(path.stem for path in files if path.parent.name == "bench")}
-    helpers = {path.parent: {file.stem for file in path.parent.glob("*.py")} for path in files if "tests" in path.parts}
     undeclared = set()
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            tops = {name.split(".")[0] for name in names} - ours - sys.stdlib_module_names
-            tops -= helpers.get(path.parent, set())
-            wanted = {DISTRIBUTIONS.get(top, name_of(top)) for top in tops}
-            undeclared |= {f"{path.relative_to(ROOT)}: {name}" for name in wanted - declared}
+        tops = imported(ast.parse(path.read_text(encoding="utf-8")).body) - ours - helpers_of(path)
+        wanted = {DISTRIBUTIONS.get(top, name_of(top)) for top in tops - sys.stdlib_module_names}
+        undeclared |= {f"{path.relative_to(ROOT)}: {name}" for name in wanted - declared}
     assert not undeclared
+
+
+def imported(body: list) -> set[str]:
+    """The packages that these statements import, those inside of them too; expressions import nothing."""
+    tops = set()
+    for node in body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        tops |= {name.split(".")[0] for name in names}
+        for inside in ("body", "orelse", "finalbody", "handlers", "cases"):
+            tops |= imported(getattr(node, inside, []))
+    return tops
+
+
+def test_every_import_is_seen():
+    nested = """
+import a.b, c as d
+def f():
+    class C:
+        from e.f import g
+    try:
+        import h
+    except ImportError:
+        import i
+    else:
+        import j
+    finally:
+        import k
+    match 1:
+        case 1:
+            import l
+    while 1:
+        with x: import m
+    else:
+        from . import n
+"""
+    assert imported(ast.parse(nested).body) == set("acehijklm")
+
+
+def helpers_of(path: Path) -> set[str]:
+    """Modules that a test finds beside it or, by conftest.py, in the folder of all tests."""
+    if ROOT / "tests" not in path.parents:
+        return set()
+    return {file.stem for folder in (path.parent, ROOT / "tests") for file in folder.glob("*.py")}
 
 
 def test_the_abi_version_is_one():

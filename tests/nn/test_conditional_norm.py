@@ -170,16 +170,11 @@ def test_sizes_below_one_are_refused(sizes):
 
 def test_two_processes_normalise_as_one_does(tmp_path):
     program, where = Path(__file__).with_name("two_norms.py"), str(Path(fastvid.__file__).parents[1])
-    started = [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), str(tmp_path / "store"), str(tmp_path / f"{rank}.pt")],
-            env={**os.environ, "PYTHONPATH": where}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in started:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told
+    command = [sys.executable, program, str(tmp_path / "store"), str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": where}, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.manual_seed(0)
     layer, x, condition = layer_and_input(relu=True, upsample=True)

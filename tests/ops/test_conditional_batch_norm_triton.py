@@ -34,10 +34,9 @@ def judged(one: cases.Case, device, dtype=torch.float32) -> None:
     cases.judge_backward(args, triton_gpu.conditional_norm_backward(*args))
 
 
-@pytest.mark.parametrize("upsample", [False, True], ids=["plain", "upsample"])
 @pytest.mark.parametrize("dtype", triton_gpu.DTYPES, ids=str)
-def test_dtypes(dtype, upsample, device):
-    judged(case(2, 1, 2, 3, 5, upsample=upsample), device, dtype)
+def test_dtypes(dtype, device):
+    judged(case(2, 1, 2, 3, 5, upsample=True), device, dtype)
 
 
 def test_several_shares_tiles_and_columns(device, monkeypatch):

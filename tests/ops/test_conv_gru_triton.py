@@ -35,9 +35,10 @@ def same_bits(a: tuple, b: tuple) -> bool:
 
 
 @pytest.mark.parametrize("dtype", triton_gpu.DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [False, True], ids=["from zeros", "from a state"])
-def test_dtypes(hidden, dtype, device):
-    judged(tiny(hidden=hidden, activation="tanh" if hidden else "relu"), device, dtype)
+def test_dtypes(dtype, device):
+    # each dtype with a start of its own; the laws hold both starts for float32 and bfloat16
+    hidden = dtype == torch.bfloat16
+    judged(tiny((1, 2, 2, 2), 3, hidden=hidden, activation="tanh" if hidden else "relu"), device, dtype)
 
 
 def test_tiles_of_channels_and_positions(device):

@@ -15,8 +15,8 @@ def bench(name: str, backend: str, device: torch.device, **asked) -> laws.Bench:
         pytest.skip(f"{name} by {backend} on {device}: {reason}")
     if backend == "triton" and device.type == "cpu":
         asked = laws.interpreted(name) | asked
-    if (name, backend) == ("pixelcnn_sample", "reference"):
-        asked = {"shapes": 50} | asked  # it is held against itself, and takes long
+    if backend == "reference":
+        asked = {"shapes": 50} | asked  # it is held against itself
     return laws.Bench(subject, backend, str(device), **asked)
 
 
