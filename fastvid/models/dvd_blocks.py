@@ -44,9 +44,9 @@ class GeneratorBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[B, Cin, T, H, W] -> [B, Cout, T, H, W] or twice that a side."""
+        past = x if self.past is None else each_frame(self._past, x)
         made = each_frame(self.conv_in, self.norm_in(x, condition))
-        made = each_frame(self.conv_out, self.norm_out(made, condition))
-        return made + (x if self.past is None else each_frame(self._past, x))
+        return each_frame(self.conv_out, self.norm_out(made, condition), past)
 
     def _past(self, x: Tensor) -> Tensor:
         # a 1x1 convolution and the enlargement may change places, and before it there is a quarter of the pixels
@@ -143,10 +143,10 @@ class Head(nn.Module):
         return score + (self.classes(label) * features.sum(1)).sum(1)
 
 
-def each_frame(layer, x: Tensor) -> Tensor:
-    """A layer of images on every frame of [B, C, T, H, W]; channels last in memory stays so, without a copy."""
-    made = layer(x.transpose(1, 2).flatten(0, 1))
-    return made.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+def each_frame(layer, *videos: Tensor) -> Tensor:
+    """A layer of images on every frame of videos [B, C, T, H, W]; channels last in memory stays so, without a copy."""
+    made = layer(*(video.transpose(1, 2).flatten(0, 1) for video in videos))
+    return made.unflatten(0, (videos[0].shape[0], videos[0].shape[2])).transpose(1, 2)
 
 
 def check_label(who: str, label: Tensor, classes: int) -> None:

@@ -18,12 +18,14 @@ class Conv2d(nn.Conv2d):
     Source: Lavin and Gray 2015, arXiv:1509.09308.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, Cin, H, W] -> [N, Cout, H, W], or both without N."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, Cin, H, W] -> [N, Cout, H, W], or both without N; plus a residual of that shape, in the same pass."""
         weight, bias = self.weight, self.bias
         if not self._serves(input, weight, bias):
-            return self._conv_forward(input, weight, bias)
-        return ops.image_conv(input.movedim(1, -1), weight, bias).movedim(-1, 1)
+            out = self._conv_forward(input, weight, bias)
+            return out if residual is None else out + residual
+        residual = None if residual is None else residual.movedim(1, -1)
+        return ops.image_conv(input.movedim(1, -1), weight, bias, residual).movedim(-1, 1)
 
     def _serves(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the native backend would be the one to serve; compiled code is left to its compiler."""
