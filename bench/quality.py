@@ -18,21 +18,40 @@ from run import ROOT, BenchError, answer
 from status import show
 
 BEGIN, END = "<!-- quality: written by bench/quality.py -->", "<!-- end of quality -->"
-COLUMNS = ("{model}", "repeat frame {given}", "codes by themselves", "reconstruction")
-# row, figures of the columns; of several predictions the best and the mean
-ROWS = {
-    "PSNR, dB, best of {samples}": ("psnr_best", "psnr_repeat", "psnr_marginal", "psnr_reconstruction"),
-    "PSNR, dB, mean of {samples}": ("psnr_mean", "psnr_repeat", "psnr_marginal", "psnr_reconstruction"),
-    "SSIM, best of {samples}": ("ssim_best", "ssim_repeat", "ssim_marginal", "ssim_reconstruction"),
-    "SSIM, mean of {samples}": ("ssim_mean", "ssim_repeat", "ssim_marginal", "ssim_reconstruction"),
-    "LPIPS (alex), best of {samples}": ("lpips_best", "lpips_repeat", "lpips_marginal", "lpips_reconstruction"),
-    "LPIPS (alex), mean of {samples}": ("lpips_mean", "lpips_repeat", "lpips_marginal", "lpips_reconstruction"),
-    "FVD": ("fvd_model", "fvd_repeat", "fvd_marginal", "fvd_reconstruction"),
-    "FVD*": ("fvd_star_model", "fvd_star_repeat", "fvd_star_marginal", None),
-    "FID (I3D-400)": tuple(f"fid_i3d400_{who}" for who in ("model", "repeat", "marginal", "reconstruction")),
-    "IS (I3D-400)": tuple(f"is_i3d400_{who}" for who in ("model", "repeat", "marginal", "reconstruction")),
+BEST_OF = ("best", "mean")  # of several predictions
+
+
+def _likeness(*beside: str) -> dict[str, tuple[str | None, ...]]:
+    return {
+        f"{head}, {which} of {{samples}}": tuple(f"{name}_{who}" for who in (which, *beside))
+        for head, name in (("PSNR, dB", "psnr"), ("SSIM", "ssim"), ("LPIPS (alex)", "lpips")) for which in BEST_OF
+    }  # fmt: skip
+
+
+def _distances(*of: str) -> dict[str, tuple[str | None, ...]]:
+    names = (("FVD", "fvd"), ("FID (I3D-400)", "fid_i3d400"), ("IS (I3D-400)", "is_i3d400"))
+    return {head: tuple(f"{name}_{who}" for who in of) for head, name in names}
+
+
+CODED = ("repeat", "marginal", "reconstruction")
+STAR = {"FVD*": ("fvd_star_model", "fvd_star_repeat", "fvd_star_marginal", None)}
+OF_CODED = _distances("model", *CODED)
+# by the kind of model: the heads of its columns, and of every row its head and the figures of the columns
+TABLES = {
+    "predictor": (
+        ("{model}", "repeat frame {given}", "codes by themselves", "reconstruction"),
+        _likeness(*CODED) | {"FVD": OF_CODED["FVD"]} | STAR | OF_CODED,
+    ),
+    "frame predictor": (
+        ("{model}", "repeat frame {given}", "untrained", "random pixels"),
+        _likeness("repeat", "untrained", "noise") | _distances("model", "repeat", "untrained", "noise"),
+    ),
+    "generator": (
+        ("{model}", "untrained", "random pixels", "training clips"),
+        _distances("model", "untrained", "noise", "train"),
+    ),
 }
-NEEDED = {name for names in ROWS.values() for name in names if name} | {"psnr_rebuilt", "top_bits", "bottom_bits"}
+CODES = ("psnr_rebuilt", "top_bits", "bottom_bits")
 BITS_COLUMNS = ("prior", "same code as a step ago, error rate fitted", "best context-free")
 
 Result = dict[str, Any]
@@ -54,29 +73,49 @@ def _run(asked: argparse.Namespace) -> int:
         raise BenchError(f"{asked.figures}: wanted figures_<model>.json, got none; fastvid evaluate --json makes one.")
     results = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
     for file, result in results.items():
-        if missing := sorted(NEEDED - set(result["figures"])):
+        if missing := sorted(_needed(result) - set(result["figures"])):
             raise BenchError(f"{file}: lacks {missing[0]}; run fastvid evaluate with all metrics.")
     return show(asked, "\n\n".join(map(render, results.values())), "quality", BEGIN, END)
 
 
+def _kind(result: Result) -> str:
+    return result.get("kind", "predictor")
+
+
+def _needed(result: Result) -> set[str]:
+    named = {name for names in TABLES[_kind(result)][1].values() for name in names if name}
+    return named | set(CODES) if _kind(result) == "predictor" else named
+
+
 def render(result: Result) -> str:
-    """Two tables in Markdown, predictions and codes, and the protocol's main points."""
-    figures, about = result["figures"], result["protocol"]
-    words = {"model": f"`{result['model']}`", "given": about["given"], "samples": about["samples"]}
+    """A table in Markdown, of codes too where the model has them, and the protocol's main points."""
+    figures, about, kind = result["figures"], result["protocol"], _kind(result)
+    words = {"model": f"`{result['model']}`", "given": about.get("given"), "samples": about.get("samples")}
+    columns, rows = TABLES[kind]
     lines = _table(
-        (f"{result['model']}: {about['windows']} windows", *(column.format(**words) for column in COLUMNS)),
-        [(row.format(**words), *(_cell(figures, name) for name in names)) for row, names in ROWS.items()],
+        (f"{result['model']}: {about['windows']} windows", *(column.format(**words) for column in columns)),
+        [(row.format(**words), *(_cell(figures, name) for name in names)) for row, names in rows.items()],
     )
+    ending = f"seed {about['seed']}; resize {about['resize']}; {about['warning']}."
+    if kind == "generator":
+        return "\n".join([*lines, "", f"{about['data']}; {about['windows']} windows, {about['chosen']}, of "
+                          f"{about['frames']} frames; classes: {about['classes']}; {ending}"])  # fmt: skip
+    rebuilt = ""
+    if kind == "predictor":
+        lines += ["", *_bits(figures)]
+        rebuilt = f"Reconstruction of all frames: {_cell(figures, 'psnr_rebuilt')} dB. "
+    lines += ["", f"{rebuilt}{about['data']}; {about['windows']} windows, {about['chosen']}; {about['given']} frames "
+              f"given, {about['predicted']} predicted; {ending}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _bits(figures: dict) -> list[str]:
     free = {level: min(_free(figures, level), key=lambda figure: figure["value"]) for level in ("top", "bottom")}
-    lines += ["", *_table(
+    return _table(
         ("bits per code", *BITS_COLUMNS),
         [(level, _cell(figures, f"{level}_bits"), _cell(figures, f"{level}_copy_bits"), _text(free[level]))
          for level in ("top", "bottom")],
-    )]  # fmt: skip
-    lines += ["", f"Reconstruction of all frames: {_cell(figures, 'psnr_rebuilt')} dB. {about['data']}; "
-              f"{about['windows']} windows, {about['chosen']}; {about['given']} frames given, {about['predicted']} "
-              f"predicted; seed {about['seed']}; resize {about['resize']}; {about['warning']}."]  # fmt: skip
-    return "\n".join(lines)
+    )  # fmt: skip
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

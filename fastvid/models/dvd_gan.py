@@ -10,13 +10,16 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastvid.checkpoint import save_folder
 from fastvid.errors import UsageError
 from fastvid.models.dvd_blocks import Block, Encoder, Group, Head, SelfAttention, check_label, each_frame
 from fastvid.models.dvd_config import START, DVDGANConfig
@@ -40,7 +43,7 @@ class DVDGANGenerator(nn.Module):
     """Noise and a class in, a video out.
 
     checkpointing: set it to recompute each resolution in the backward pass in place of keeping its activations.
-    Source: systems of both versions as the module says; widths in multiples of `width`.
+    Source: both versions as the module says; what the paper leaves open is said in DVDGANConfig and in Group.
     """
 
     def __init__(self, config: DVDGANConfig):
@@ -168,6 +171,12 @@ class DVDGANGenerator(nn.Module):
                 z = torch.randn(batch, self.config.latent, generator=draw).to(device)
                 label = torch.randint(max(1, self.config.classes), (batch,), generator=draw).to(device)
                 self(z, label if self.config.classes else None)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a model folder. `dtype` float16 halves it: parameters are rounded, statistics are not."""
+        buffers = dict(self.named_buffers())
+        tensors = {name: t if name in buffers else t.to(dtype) for name, t in self.state_dict().items()}
+        save_folder(Path(path), tensors, {"kind": "dvdgan", **asdict(self.config)})
 
     def _condition(self, z: Tensor, label: Tensor | None, embedding: Tensor | None) -> Tensor:
         """u = [z; e(y)], [B, condition]."""

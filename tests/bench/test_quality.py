@@ -16,7 +16,7 @@ def figure(value: float, low: float | None = None, high: float | None = None) ->
 
 @pytest.fixture
 def result() -> dict:
-    names = [name for names in quality.ROWS.values() for name in names if name]
+    names = [name for names in quality.TABLES["predictor"][1].values() for name in names if name]
     names += [f"{level}_{kind}" for level in ("top", "bottom") for kind in ("bits", "copy_bits")]
     figures = {name: figure(round(i + 0.123, 3)) for i, name in enumerate(dict.fromkeys(names))}
     figures |= {"psnr_best": figure(29.66, 29.04, 30.3), "fvd_model": figure(123.4, 101.2, 150)}
@@ -36,6 +36,20 @@ def test_a_table_shows_every_contestant(result):
     assert "`toy64` | repeat frame 4 | codes by themselves | reconstruction" in rows["toy64: 3 windows"]
     assert "folder toys; 3 windows, spread" in quality.render(result) and "3 clips for 400" in quality.render(result)
     assert rows["top"].endswith("| 6.50 |")  # the better of the context-free
+
+
+@pytest.mark.parametrize("kind, head", [
+    ("generator", "`toy64` | untrained | random pixels | training clips"),
+    ("frame predictor", "`toy64` | repeat frame 4 | untrained | random pixels"),
+])  # fmt: skip
+def test_models_without_codes_have_one_table(result, kind, head):
+    names = [name for names in quality.TABLES[kind][1].values() for name in names]
+    figures = {name: figure(i + 0.5) for i, name in enumerate(dict.fromkeys(names))}
+    about = result["protocol"] | {"frames": 12, "classes": "10, each as often as in the windows"}
+    told = quality.render(result | {"kind": kind, "figures": figures, "protocol": about})
+    assert head in told and "bits per code" not in told and "Reconstruction" not in told
+    assert ("LPIPS (alex), best of 10" in told) == (kind == "frame predictor")
+    assert ("classes: 10, each" in told) == (kind == "generator")
 
 
 def test_the_tables_stand_between_their_markers(result, tmp_path, capsys):

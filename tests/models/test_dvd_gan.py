@@ -15,6 +15,7 @@ from fastvid.models import (
     SpatialDiscriminator,
     TemporalDiscriminator,
     build,
+    load,
 )
 from fastvid.models.dvd_gan import generator_of
 
@@ -204,6 +205,17 @@ def test_prediction_goes_on_from_the_given_frames(variant):
     other[0] = 1 - other[0]
     changed = model.predict(other, n=6, samples=2, seed=3)
     assert torch.equal(changed[1], made_frames[1]) and not torch.equal(changed[0], made_frames[0])
+
+
+def test_a_saved_model_draws_the_same_videos(tmp_path):
+    generator = made(CLASSED)
+    generator.standing_statistics(batches=1, batch=4)
+    for dtype, atol in ((torch.float32, 0), (torch.float16, 0.02)):
+        generator.save(tmp_path / str(dtype), dtype)
+        again = load(tmp_path / str(dtype))
+        torch.testing.assert_close(again.sample(2, [0, 1]), generator.sample(2, [0, 1]), atol=atol, rtol=0)
+    whole, half = (sum(f.stat().st_size for f in (tmp_path / str(d)).iterdir()) for d in (torch.float32, torch.float16))
+    assert half < 0.75 * whole
 
 
 def test_a_config_survives_its_dict():
