@@ -115,7 +115,7 @@ def _of_weight(x: Tensor, grad: Tensor, k: int) -> Tensor:
     taps = [offset for y in range(k) for x in range(k) for offset in (0, y - k // 2, x - k // 2)]
     found = x.new_empty(k * k, x.shape[-1], grad.shape[-1])
     _cpu_conv.weight_gradient(x, grad, taps, [0, 0, 0], found)
-    return found.permute(2, 1, 0).reshape(grad.shape[-1], x.shape[-1], k, k)
+    return found.permute(2, 1, 0).reshape(grad.shape[-1], x.shape[-1], k, k).contiguous()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
