@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from fastvid.models.dvd_config import START, DVDGANConfig
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+VOLUMES = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 
 
 class Generator(nn.Module):
@@ -40,7 +41,7 @@ class Generator(nn.Module):
         frames = [x] * self.config.frames
         for group in self.groups:
             frames = group(frames, condition)
-        x = self.norm(torch.stack(frames, dim=1), condition)
+        x = self.norm(_stacked(frames), condition)
         made = self.last(x.flatten(0, 1).contiguous(memory_format=self.format))
         return torch.tanh(made).unflatten(0, x.shape[:2]).transpose(1, 2)
 
@@ -52,7 +53,7 @@ class _Group(nn.Module):
         self.first, self.second = _Block(cout, cout, config, False), _Block(cout, cout, config, True)
 
     def forward(self, frames: list[Tensor], condition: Tensor) -> list[Tensor]:
-        x = torch.stack(self.recurrent(frames), dim=1)  # [B, T, C, H, W]
+        x = _stacked(self.recurrent(frames))  # [B, T, C, H, W]
         return list(self.second(self.first(x, condition), condition).unbind(1))
 
 
@@ -142,11 +143,13 @@ class Temporal(nn.Module):
         blocks = [_Judge(3 if i < 2 else 2, *pair, i == 0) for i, pair in enumerate(_pairs(widths))]
         self.volumes, self.frames = nn.Sequential(*blocks[:2]), nn.Sequential(*blocks[2:])
         self.head, self.layout = _Head(widths[-1], config.classes), layout
+        self.volumes.to(memory_format=VOLUMES[layout])
         self.frames.to(memory_format=FORMATS[layout])
 
     def forward(self, video: Tensor, label: Tensor | None) -> Tensor:
         """[B, 3, T, H, W] -> [B]."""
-        x = self.volumes(F.avg_pool3d(video, (1, 2, 2)).contiguous()).transpose(1, 2)
+        small = F.avg_pool3d(video, (1, 2, 2)).contiguous(memory_format=VOLUMES[self.layout])
+        x = self.volumes(small).transpose(1, 2)
         made = self.frames(x.flatten(0, 1).contiguous(memory_format=FORMATS[self.layout]))
         return self.head(made.unflatten(0, x.shape[:2]), label)
 
@@ -174,6 +177,13 @@ class _Head(nn.Module):
         features = F.relu(x).sum((3, 4))
         score = self.linear(features).sum((1, 2))
         return score if label is None else score + (self.classes(label) * features.sum(1)).sum(1)
+
+
+def _stacked(frames: list[Tensor]) -> Tensor:
+    """Frames [B, C, H, W] -> [B, T, C, H, W] in the layout that they have."""
+    if frames[0].is_contiguous(memory_format=torch.channels_last):
+        return torch.stack([frame.permute(0, 2, 3, 1) for frame in frames], dim=1).permute(0, 1, 4, 2, 3)
+    return torch.stack(frames, dim=1)
 
 
 def copied(plain: nn.Module, ours: nn.Module, baked: bool) -> nn.Module:

@@ -32,7 +32,11 @@ import fastvid
 digits = fastvid.load(f"{sys.argv[1]}/digits")
 digits.standing_statistics()  # those of the averaged weights
 digits.save(f"{sys.argv[1]}/dvdgan", torch.float16)
-fastvid.load(f"{sys.argv[1]}/arm").save(f"{sys.argv[1]}/dvdgan-push", torch.float16)
+arm = fastvid.load(f"{sys.argv[1]}/arm")
+clips = fastvid.data.open_clips(f"{sys.argv[1]}/push", split="train")
+given = [clips.read(i, 0, 4, (32, 32)) for i in range(0, len(clips), 8)]  # each [4, 32, 32, 3]
+arm.standing_statistics(given=torch.stack(given).movedim(-1, 1) / 127.5 - 1)
+arm.save(f"{sys.argv[1]}/dvdgan-push", torch.float16)
 PYTHON
 
 fastvid evaluate --model "$work/dvdgan" --data 'digits?count=1' --clips 128 --json "$work/dvdgan.json"

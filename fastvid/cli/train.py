@@ -179,7 +179,7 @@ class TrainDVDGAN:
     classes: tuple[str, ...] | None = None
     """Only these classes of the data, by name."""
     size: int | None = None
-    """Height and width of the frames in pixels; by default the preset's."""
+    """Height and width of the frames in pixels, 4 times a power of two, at most the preset's, which is the default."""
     frames: int | None = None
     """Frames that the model generates; by default the preset's."""
     frame_step: int = 1

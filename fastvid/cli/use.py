@@ -51,7 +51,7 @@ class Sample:
     """Make clips from nothing with a generator: a video each, a contact sheet and a report."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A generator's model folder, or the run folder of its training."""
+    """A generator of `fastvid models`, a model folder, or the run folder of a training."""
     classes: tuple[str, ...] = ()
     """Classes to make, by name or number from 0; by default all in turn."""
     clips: Annotated[int | None, arg(aliases=["-n"])] = None

@@ -17,7 +17,7 @@ from fastvid.evaluate.extract import default_cache
 from fastvid.evaluate.figure import curves, figures, generated_figures
 from fastvid.evaluate.generator import choose_sets, compare
 from fastvid.evaluate.report import generator_protocol, protocol, protocol_line, table
-from fastvid.evaluate.tally import METRICS, NUMBERS, Judges, check_metrics, judges, leave_out, measure
+from fastvid.evaluate.tally import LEAST_FRAMES, METRICS, NUMBERS, Judges, check_metrics, judges, leave_out, measure
 from fastvid.evaluate.windows import choose_windows, fitted_codes, held_out, window_of
 from fastvid.models import VideoPredictor, about, load
 from fastvid.models.predictor import model_folder
@@ -120,11 +120,20 @@ def _generated(
     model: nn.Module, request: _Request, judged: Judges, truncation: float, identity: str, ranks: Ranks
 ) -> tuple[dict, list[Tensor]]:
     data, clips, _, seed, _, frame_step = request
-    sets, window = choose_sets(model, data, clips, seed, frame_step), window_of(model)
+    window, least = window_of(model), LEAST_FRAMES["fvd"]
+    if window.frames < least:
+        made = f"this generator makes {window.frames}, and nothing else judges it"
+        raise UsageError(f"evaluate: FVD needs {least} frames; {made}.")
+    if clips < 2:
+        raise UsageError(f"--clips must be at least 2 for a distance between sets, got {clips}.")
+    sets = choose_sets(model, data, clips, seed, frame_step)
     leave_out(judged, True, len(sets.held.places), window.frames, window.size)
     values, groups, rows = compare(model, sets, judged.extractor, seed, truncation, ranks)
     found = generated_figures(values, groups, judged, seed)
-    beside = {"untrained": f"same config, weights of seed {seed}", "noise_pixels": "uniform, independent, 0 to 255"}
+    beside = {
+        "untrained": f"same config, weights of seed {seed}, statistics as at the start",
+        "noise_pixels": "uniform, independent, 0 to 255",
+    }
     if sets.trained:
         beside["train"] = f"{len(sets.trained.places)} windows of the train split, of the same classes"
     classes = "none" if sets.labels is None else f"{len(set(sets.labels))}, each as often as in the windows"

@@ -72,9 +72,12 @@ def _trained(
     if same_clips(windows.clips, held.windows.clips):
         return None, "the data have no train split of their own"
     places = []
-    for word, count in Counter(words or [None] * len(held.places)).items():
-        lengths = _lengths_of(windows, None if word is None else (word,))
-        places += choose_windows(lengths, windows.span, count, seed)[0]
+    try:
+        for word, count in Counter(words or [None] * len(held.places)).items():
+            lengths = _lengths_of(windows, None if word is None else (word,))
+            places += choose_windows(lengths, windows.span, count, seed)[0]
+    except DataError as error:
+        return None, f"no training clips of the same classes: {error}"
     return Held(windows, decodable(windows, sorted(places)), held.how), ""
 
 

@@ -1,4 +1,4 @@
-"""Complete models, one file each, and their presets."""
+"""Complete models, one file each (DVD-GAN in three), and their presets."""
 
 from fastvid.models.bottom_prior import BottomPrior, BottomPriorConfig
 from fastvid.models.dvd_config import DVDGANConfig

@@ -82,7 +82,6 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [3, *(config.discriminator_width * units for units in config.discriminator)]
         self.blocks = nn.ModuleList(Block(2, *pair, first=i == 0) for i, pair in enumerate(pairwise(widths)))
-        self.levels = len(config.groups) if config.variant == "v2" else 1  # from the coarsest on
         kernel, out = (3, config.groups) if config.variant == "v2" else (1, config.groups[:1])
         self.states = nn.ModuleList(
             nn.Conv2d(config.given * width, config.width * units, kernel, padding=kernel // 2)

@@ -39,6 +39,10 @@ class DVDGANConfig:
     def __post_init__(self):
         for name in ("class_names", "groups", "discriminator"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        least = {"width": 1, "discriminator_width": 1, "latent": 1, "embedding": 1, "classes": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"dvdgan: {name} must be at least {low}, got {getattr(self, name)}.")
         doublings = int(math.log2(self.size / START)) if self.size >= 2 * START else 0
         if doublings < 1 or START << doublings != self.size:
             raise UsageError(f"dvdgan: size must be 4 times a power of two, from 8 pixels on, got {self.size}.")

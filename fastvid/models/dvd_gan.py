@@ -43,7 +43,8 @@ class DVDGANGenerator(nn.Module):
     """Noise and a class in, a video out.
 
     checkpointing: set it to recompute each resolution in the backward pass in place of keeping its activations.
-    Source: both versions as the module says; what the paper leaves open is said in DVDGANConfig and in Group.
+    Where the paper is silent, every resolution's units and blocks have the width that it ends with; v1 takes v2's
+    blocks, and its given frames set a state as wide as the recurrent unit.
     """
 
     def __init__(self, config: DVDGANConfig):
@@ -129,6 +130,10 @@ class DVDGANGenerator(nn.Module):
         Returns: [n, frames, 3, size, size] in [0, 1].
         Raises:  UsageError for labels that are missing, too few, or out of range.
         """
+        if numbers is not None and len(numbers) != n:
+            raise UsageError(f"sample: wanted {n} numbers, one a video, got {len(numbers)}.")
+        if self.config.given:
+            raise UsageError("sample: the model goes on from frames and makes none from nothing; use predict.")
         z = self.noise(range(n) if numbers is None else numbers, seed, truncation, kind)
         classes = self._labels(labels, n).to(z.device) if self.config.classes or labels is not None else None
         rows = [
@@ -156,21 +161,25 @@ class DVDGANGenerator(nn.Module):
         return _as_frames(self(line, None if label is None else torch.full((steps,), label, device=first.device)))
 
     @torch.no_grad()
-    def standing_statistics(self, batches: int = 16, batch: int = 16, seed: int = 0) -> None:
+    def standing_statistics(
+        self, batches: int = 16, batch: int = 16, seed: int = 0, given: Tensor | None = None
+    ) -> None:
         """Replace the running statistics by those of `batches` batches of fresh noise and random classes.
 
-        Raises: ValueError for a model that goes on from frames, whose statistics need such frames.
+        given:  [n, 3, given, H, W] in [-1, 1], clips to go on from, for a model that does; batches draw from them.
+        Raises: ValueError where such frames are missing, or given to a model that takes none.
         Source: Brock et al. 2018, arXiv:1809.11096, section 4.
         """
-        if self.config.given:
-            raise ValueError("standing_statistics: a model that goes on from frames needs frames; keep its own.")
+        if (given is None) != (self.config.given == 0):
+            raise ValueError("standing_statistics: models that go on from frames need `given`, others take none.")
         draw = torch.Generator().manual_seed(seed)
         device = next(self.parameters()).device
         with standing_statistics(self):
             for _ in range(batches):
                 z = torch.randn(batch, self.config.latent, generator=draw).to(device)
                 label = torch.randint(max(1, self.config.classes), (batch,), generator=draw).to(device)
-                self(z, label if self.config.classes else None)
+                clips = None if given is None else given[torch.randint(len(given), (batch,), generator=draw)].to(device)
+                self(z, label if self.config.classes else None, given=clips)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder. `dtype` float16 halves it: parameters are rounded, statistics are not."""
@@ -229,6 +238,8 @@ class DVDGANPredictor(DVDGANGenerator):
     def __init__(self, config: DVDGANConfig):
         if not config.given:
             raise UsageError("dvdgan: a predictor needs given > 0 frames to go on from.")
+        if config.classes:
+            raise UsageError(f"dvdgan: a model that goes on from frames has no classes, got {config.classes}.")
         super().__init__(config)
 
     def predict(

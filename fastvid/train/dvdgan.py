@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvid import models
 from fastvid.data.clips import Clips, ClipWindows, natural_key, open_clips
 from fastvid.errors import UsageError
-from fastvid.models.dvd_config import DVDGANConfig
+from fastvid.models.dvd_config import START, DVDGANConfig
 from fastvid.models.dvd_gan import SpatialDiscriminator, TemporalDiscriminator
 from fastvid.nn import ConditionalBatchNorm
 from fastvid.train.gan import DVDGANTask, Networks
@@ -33,8 +33,8 @@ def train_dvdgan(
 
     data:    what `open_clips` takes. preset: a name of models.PRESETS["dvdgan"]. out: the run folder.
     size, frames: of the generated video; None takes the preset's. frame_step: keep every n-th frame of the clips.
-    classes: which of the data's classes to train on, by name; None takes all, or for a preset that goes on from given
-             frames none. Data without classes are trained on without.
+    classes: which of the data's classes to train on, by name; None takes all. A preset that goes on from given frames
+             takes none. Data without classes are trained on without.
     device:  None takes the GPU where there is one.
     options: fields of GANOptions.
     Returns: TrainResult; its `model` is a model folder with the averaged generator.
@@ -56,7 +56,12 @@ def train_dvdgan(
 
 
 def _resized(config: DVDGANConfig, size: int | None, frames: int | None) -> DVDGANConfig:
-    return replace(config, size=size or config.size, frames=frames or config.frames)
+    frames = config.frames if frames is None else frames
+    looked_at = max(1, min(config.spatial_frames, config.given + frames))
+    config, size = replace(config, frames=frames, spatial_frames=looked_at), config.size if size is None else size
+    # a smaller size does without the last resolutions; for a larger one the preset has no widths, which it then says
+    levels = max(1, (size // START).bit_length() - 1)
+    return replace(config, size=size, groups=config.groups[:levels], discriminator=config.discriminator[:levels])
 
 
 def _open(data: str, config: DVDGANConfig, frame_step: int) -> Clips:
@@ -68,6 +73,8 @@ def _classed(
     clips: Clips, config: DVDGANConfig, wanted: list[str] | None
 ) -> tuple[Clips, DVDGANConfig, Tensor | None]:
     """The clips of the wanted classes, the config that knows these, and the class of each of the clips by number."""
+    if config.given and wanted is not None:
+        raise UsageError("--classes: a model that goes on from frames has no classes; leave it out.")
     if wanted is None and (clips.labels is None or config.given):
         return clips, replace(config, classes=0, class_names=()), None
     if clips.labels is None:
@@ -76,7 +83,8 @@ def _classed(
     names = known if wanted is None else sorted(set(map(str, wanted)), key=natural_key)
     strangers = [name for name in names if name not in known]
     if strangers or not names:
-        raise UsageError(f"--classes: the data have no class {', '.join(strangers)}; there are: {', '.join(known)}.")
+        lacking = f"the data have no class {', '.join(strangers)}" if strangers else "wanted at least one, got none"
+        raise UsageError(f"--classes: {lacking}; there are: {', '.join(known)}.")
     number = {name: place for place, name in enumerate(names)}
     chosen = [i for i, label in enumerate(clips.labels) if label in number]
     clips = clips.only(chosen)

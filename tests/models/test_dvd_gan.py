@@ -144,6 +144,11 @@ def test_standing_statistics_replace_the_running_ones_and_change_no_weight():
     assert "norm.running_mean" in moved and "norm.running_var" in moved
     assert not any(name.endswith(("original", "bias")) for name in moved)
     assert not generator.training
+    predictor = made(TINY_FP)
+    with pytest.raises(ValueError, match="need `given`"):
+        predictor.standing_statistics()
+    predictor.standing_statistics(batches=1, batch=2, given=torch.rand(3, 3, 4, 16, 16))
+    assert predictor.norm.num_batches_tracked == 1 and predictor.norm.running_mean.abs().max() > 0
 
 
 def test_the_discriminators_look_at_what_they_say():

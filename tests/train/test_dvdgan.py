@@ -86,7 +86,8 @@ def test_data_without_classes_and_models_that_go_on_have_none():
     assert numbers is None and config.classes == 0 and len(clips) == 7
     labelled, fp = clips_of(["a", "b"]), models.preset("dvdgan", "tiny-fp")
     assert _classed(labelled, fp, None)[2] is None
-    assert _classed(labelled, fp, ["b"])[1].class_names == ("b",)
+    with pytest.raises(UsageError, match="--classes: a model that goes on from frames has no classes"):
+        _classed(labelled, fp, ["b"])
 
 
 @pytest.mark.parametrize(("labels", "wanted", "words"), [
