@@ -92,7 +92,7 @@ def test_data_without_classes_and_models_that_go_on_have_none():
 
 @pytest.mark.parametrize(("labels", "wanted", "words"), [
     (["a", "b10", "b9"], ["a", "z"], "the data have no class z; there are: a, b9, b10."),
-    (None, ["a"], "the data name no classes"), (["a"], [], "the data have no class ; there are: a"),
+    (None, ["a"], "the data name no classes"), (["a"], [], "wanted at least one, got none; there are: a"),
 ])
 def test_classes_that_the_data_lack_are_one_line_with_those_they_have(labels, wanted, words):
     with pytest.raises(UsageError, match=words) as caught:
