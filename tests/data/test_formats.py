@@ -55,7 +55,7 @@ def test_options_that_are_none(spec):
 def test_unknown_options_list_the_known_ones(tmp_path):
     film(tmp_path / "a.mp4")
     for spec in (f"{tmp_path}?frames=3", f"{tmp_path}/a.mp4?frames=3", "digits?frames=3"):
-        with pytest.raises(DataError, match="no option 'frames'; there are: split .*; format "):
+        with pytest.raises(DataError, match="no option 'frames'; there are: .*split .*; format "):
             open_clips(spec)
     with pytest.raises(DataError, match=r"no format 'tfds'; there are: bair, .*kinetics.*, folder\."):
         open_clips(f"{tmp_path}?format=tfds")

@@ -194,7 +194,7 @@ def test_data_without_classes_or_split(tmp_path, model, judged):
         ({"metrics": ("fvd", "ssim", "bits")}, "--metrics ssim,bits: a generated clip has no truth beside it"),
         ({"truncation": 0}, "--truncation must be a finite number above 0, got 0"),
         ({"frame_step": 0}, "--frame-step must be at least 1, got 0"),
-        ({"clips": 1}, "a distance between sets needs two windows"),
+        ({"clips": 1}, "--clips must be at least 2 for a distance between sets, got 1"),
     ],
 )
 def test_what_a_generator_cannot_be_asked(model, data, options, words):
@@ -203,7 +203,7 @@ def test_what_a_generator_cannot_be_asked(model, data, options, words):
 
 
 def test_short_clips_and_other_classes(data, tmp_path):
-    with pytest.raises(UsageError, match="it needs windows of 9 frames, the model's have 4"):
+    with pytest.raises(UsageError, match="FVD needs 9 frames; this generator makes 4"):
         evaluate(save_dvdgan(tmp_path / "short"), str(data), clips=3)
     named = save_dvdgan(tmp_path / "named", classes=1, class_names=("Juggling",), frames=FRAMES)
     with pytest.raises(DataError, match="no clip is of the model's classes, Juggling"):
